@@ -1,0 +1,40 @@
+# The two commands of a newcomer are `make demo` and `make test`.
+PY := .venv/bin/python
+READY := .venv/.ready
+
+.PHONY: help setup servers demo test lint check bench-dispatch clean
+.DEFAULT_GOAL := help
+
+help: ## say what each target does
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv with everything pinned (a second call returns at once)
+
+$(READY): pyproject.toml constraints.txt scripts/setup.sh
+	@bash scripts/setup.sh venv
+	@touch $@
+
+servers: # redis-server, PostgreSQL and RabbitMQ for the tests, where missing and where we may
+	@bash scripts/setup.sh servers
+
+demo: setup ## a job, a fallback and a killed worker, before your eyes (about a minute)
+	@$(PY) scripts/demo.py
+
+test: setup servers ## run every test
+	$(PY) -m pytest -n 2 -m "not serial"
+	$(PY) -m pytest -m serial
+
+lint: setup ## ruff, mypy --strict and the import contracts
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+check: lint test ## what CI runs: lint, then test
+
+bench-dispatch: setup servers ## how fast plans reach workers, and how fast a loss heals
+	@$(PY) bench/dispatch.py --json
+
+clean: ## remove .venv and every cache
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
