@@ -1,0 +1,1 @@
+"""What should happen? Pure decisions: standard library only; no clock, environment, log, disk or network."""

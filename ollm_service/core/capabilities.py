@@ -1,0 +1,78 @@
+"""What does a worker offer, and what has it free right now?"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ollm_service.core.plan import PassId
+from ollm_service.core.profile import ModelProfile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One place where a model can run. `device_id` is torch's name: `cpu`, `cuda:0`, `mps`. Memory in bytes."""
+
+    device_id: str
+    name: str
+    memory_bytes: int
+    compute_capability: str | None = None
+    dtypes: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """`cpu`, `cuda` or `mps`."""
+        return self.device_id.partition(":")[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheDisk:
+    """A writable directory for KV files. Sizes in bytes, rates in bytes per second as probed."""
+
+    path: str
+    total_bytes: int
+    write_rate: float | None = None
+    read_rate: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What one worker advertises: everything that changes seldom. What it has free now is `LiveState`.
+
+    `passes` maps every pass to None when the worker can apply it, else to the reason why it cannot; the same for `backends`
+    and `kv_strategies`. `labels` are the operator's; numbers compare as numbers.
+    """
+
+    node: str
+    slots: int
+    devices: tuple[Device, ...]
+    host_memory_bytes: int
+    backends: Mapping[str, str | None]
+    passes: Mapping[PassId, str | None]
+    kv_strategies: Mapping[str, str | None]
+    models: tuple[ModelProfile, ...] = ()
+    cache_disk: CacheDisk | None = None
+    may_download: bool = False
+    labels: Mapping[str, str | float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or not self.devices:
+            raise ValueError("a worker has at least one slot and one device")
+
+    @property
+    def main_device(self) -> Device:
+        """The device that plans run on unless pinned: the accelerator with the most memory, else the CPU."""
+        return max(self.devices, key=lambda device: (device.kind != "cpu", device.memory_bytes))
+
+    def model(self, digest: str) -> ModelProfile | None:
+        """The usable model with this digest, if the worker has it."""
+        return next((model for model in self.models if model.digest == digest and model.is_usable), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveState:
+    """What a worker has free at this moment, in bytes; its own warm runner counts as free."""
+
+    device_free_bytes: Mapping[str, int]
+    host_free_bytes: int
+    cache_free_bytes: int = 0
+    warm_model: str | None = None

@@ -1,0 +1,95 @@
+"""What does a plan need of a worker? The static part, which decides eligibility and names the class."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ollm_service.core.options import RuntimeConfig
+from ollm_service.core.plan import ModelModality, PassId, RuntimePlan
+from ollm_service.core.profile import ModelProfile
+
+SMALLEST_CACHE_BYTES = 16 * 1024**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requirements:
+    """What a worker must offer. Only what the user demanded is hard; preferences are left to placement.
+
+    `memory_bytes` is what the smallest tier of the placement ladder needs on the device, `cache_bytes` what a demanded disk
+    cache needs at the least. Both follow from the model and the options alone, never from the rows, so that classes stay few.
+    `model_digest` null with `download` set means that the worker must be allowed to fetch that repository.
+    """
+
+    backend_id: str
+    model_digest: str | None = None
+    download: str | None = None
+    passes: tuple[PassId, ...] = ()
+    kv_cache_strategy: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    modalities: tuple[ModelModality, ...] = (ModelModality.TEXT,)
+    memory_bytes: int = 0
+    cache_bytes: int = 0
+    where: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field as JSON types."""
+        return {
+            "backend_id": self.backend_id,
+            "model_digest": self.model_digest,
+            "download": self.download,
+            "passes": [pass_id.value for pass_id in self.passes],
+            "kv_cache_strategy": self.kv_cache_strategy,
+            "device": self.device,
+            "dtype": self.dtype,
+            "modalities": [modality.value for modality in self.modalities],
+            "memory_bytes": self.memory_bytes,
+            "cache_bytes": self.cache_bytes,
+            "where": self.where,
+        }
+
+
+def class_id(requirements: Requirements) -> str:
+    """The name of the class of equal requirements: 16 hex digits of the sha256 over their canonical JSON."""
+    canonical = json.dumps(requirements.as_dict(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def demanded_passes(plan: RuntimePlan, config: RuntimeConfig) -> tuple[PassId, ...]:
+    """The planned passes that the user asked for explicitly, in planned order: those must not be given up."""
+    wanted = {
+        PassId.DISK_CACHE: config.kv_cache_strategy not in (None, "resident"),
+        PassId.MLP_CHUNKING: config.dense_projection_chunk_rows is not None,
+        PassId.CPU_OFFLOAD: config.offload_cpu_layers > 0,
+        PassId.GPU_OFFLOAD: config.offload_gpu_layers > 0,
+        PassId.MULTIMODAL_SHELL: config.multimodal,
+    }
+    return tuple(pass_id for pass_id in plan.specialization_pass_ids if wanted.get(pass_id, False))
+
+
+def requirements_of(
+    plan: RuntimePlan, profile: ModelProfile | None, config: RuntimeConfig, *, where: str | None = None
+) -> Requirements:
+    """What an executable plan needs. Raises ValueError for a plan that is not executable."""
+    if plan.backend_id is None:
+        raise ValueError("a plan that is not executable has no requirements")
+    passes = demanded_passes(plan, config)
+    resolved = plan.resolved_model
+    return Requirements(
+        backend_id=plan.backend_id,
+        model_digest=profile.digest if profile else None,
+        download=None if profile else _download(resolved.repo_id, resolved.revision),
+        passes=passes,
+        kv_cache_strategy=config.kv_cache_strategy,
+        device=config.device,
+        dtype=profile.dtype if profile else None,
+        modalities=resolved.capabilities.modalities,
+        memory_bytes=profile.weight_bytes if profile else 0,
+        cache_bytes=SMALLEST_CACHE_BYTES if PassId.DISK_CACHE in passes else 0,
+        where=where,
+    )
+
+
+def _download(repo_id: str | None, revision: str | None) -> str | None:
+    return f"{repo_id}@{revision}" if repo_id and revision else repo_id
