@@ -6,6 +6,7 @@ and both may be followed by ``start()`` on the same port and directory. A progra
 which ``tests/conftest.py`` turns into a skip (or, where CI is set, leaves a failure).
 """
 
+import contextlib
 import itertools
 import os
 import pwd
@@ -349,7 +350,8 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
         parent = psutil.Process(process.pid)
         family = [parent, *parent.children(recursive=True)]
         for member in family:
-            member.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended by itself, or with its parent
+                member.kill()
         _, left = psutil.wait_procs(family[1:], timeout=10)
         assert not left, f"not killed: {left}"
     process.wait(timeout=10)

@@ -142,12 +142,13 @@ def test_a_server_that_cannot_start_shows_its_log() -> None:
     server.close()
 
 
-def test_a_server_dies_with_the_test_run_that_started_it() -> None:
+def test_a_server_dies_with_the_test_run_that_started_it(tmp_path: Path) -> None:
     """Killing the process that started a server with SIGKILL ends the server, too."""
     program = "from tests.servers import RedisServer; s = RedisServer(); s.start(); print(s.port, flush=True); input()"
     with subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as owner:
+        [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as owner:  # fmt: skip
         assert owner.stdout is not None
         line = owner.stdout.readline()
         owner.kill()
