@@ -10,7 +10,7 @@ T = TypeVar("T")
 POLL_SECONDS = 0.02
 
 
-def wait_for(condition: Callable[[], T], *, timeout: float, what: str) -> T:
+def wait_for(condition: Callable[[], T | None], *, timeout: float, what: str) -> T:
     """Return the first truthy value of ``condition``, asked every 20 ms.
 
     Raises AssertionError naming ``what`` when ``timeout`` seconds pass first. What ``condition`` raises is not caught.
