@@ -10,8 +10,9 @@ from ollm_service.core.plan import GenericModelKind, ModelModality, NativeFamily
 class ModelProfile:
     """One model in one worker's models root.
 
-    Sizes are in bytes, lengths in tokens. `digest` is the sha256 over weights, tokenizer and chat template: equal digests are
-    equal models. `unsafe_because` says why the folder is refused; such a model is never planned.
+    Sizes are in bytes, lengths in tokens. `digest` is the sha256 over weights, configuration, tokenizer and chat template: equal
+    digests are equal models. `weight_bytes` is what the weights take in memory, in `dtype`. `refs` are the branches and tags that
+    name `revision`, as far as the folder knows. `unsafe_because` says why the folder is refused; such a model is never planned.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ModelProfile:
     has_chat_template: bool = False
     repo_id: str | None = None
     revision: str | None = None
+    refs: tuple[str, ...] = ()
     unsafe_because: str | None = None
 
     def __post_init__(self) -> None:

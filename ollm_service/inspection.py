@@ -1,0 +1,351 @@
+"""Which models lie in a models root, what are they, and are they safe? Reads configurations and headers; loads nothing.
+
+A model is a folder in the root, or a snapshot in the hub cache's own layout, `models--org--name/snapshots/revision`. The folders
+are hostile input. A folder that holds a pickle anywhere, a link that leads out of it, something that is not a plain file, or a
+checkpoint that is broken or not whole, is reported with the reason and is never used. Only plain files are opened, without
+waiting on any of them, and of each no more than its kind may sensibly hold.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import stat
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from ollm_service.core.checkpoint import (
+    LENGTH_BYTES,
+    BrokenCheckpoint,
+    Tensor,
+    header_length,
+    parse_header,
+    parse_object,
+    profile_of,
+    shard_names,
+)
+from ollm_service.core.errors import MisconfiguredService
+from ollm_service.core.profile import ModelProfile
+
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+SINGLE_WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+# What decides an answer besides the weights; all of it goes into a model's digest.
+_ANSWER_FILES = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", *TOKENIZER_FILES, *PROCESSOR_FILES),
+)
+_LONGEST_CONFIG, _LONGEST_INDEX, _LONGEST_HEADERS, _LONGEST_CACHE = 4 * 1024**2, 16 * 1024**2, 64 * 1024**2, 16 * 1024**2
+_MOST_FILES, _MOST_REFS = 10_000, 1_000
+_CHUNK_BYTES = 1024**2
+
+
+class InspectionStopped(Exception):
+    """The caller asked to stop before every model was read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Folder:
+    """One model's folder. `real` is its resolved place; links may lead into `homes` alone."""
+
+    name: str
+    path: PurePosixPath
+    real: Path
+    homes: tuple[Path, ...]
+    repo_id: str | None = None
+    revision: str | None = None
+    refs: tuple[str, ...] = ()
+
+
+class DigestCache:
+    """Remembers the sha256 of files by path, inode, size and modification time, across processes if it has a file.
+
+    Threads may share one. Processes may share its file: each adds what it learnt, and an entry that is lost or damaged is
+    computed again.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._known: dict[str, str] = self._stored()
+
+    def digest(self, path: Path, is_stopped: Callable[[], bool] = lambda: False) -> str:
+        """The file's sha256 in hex. Raises InspectionStopped, OSError, and BrokenCheckpoint for a file that changes meanwhile."""
+        with _plain_file(path) as file:
+            key = _cache_key(path, os.fstat(file.fileno()))
+            with self._lock:
+                known = self._known.get(key)
+            if known is not None:
+                return known
+            hasher = hashlib.sha256()
+            while chunk := file.read(_CHUNK_BYTES):
+                if is_stopped():
+                    raise InspectionStopped
+                hasher.update(chunk)
+            if _cache_key(path, os.fstat(file.fileno())) != key:
+                raise BrokenCheckpoint(f"{path.name} is still being written")
+        with self._lock:
+            self._known[key] = hasher.hexdigest()
+        return hasher.hexdigest()
+
+    def save(self) -> None:
+        """Write what is known to the file, without entries of files that are gone; a failure to do so is no loss."""
+        if self._path is None:
+            return
+        with self._lock, contextlib.suppress(OSError):
+            self._known = {key: value for key, value in (self._stored() | self._known).items() if _is_current(key)}
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}-")
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    json.dump(self._known, file)
+                os.replace(temporary, self._path)
+            except OSError:
+                os.unlink(temporary)
+
+    def _stored(self) -> dict[str, str]:
+        if self._path is None:
+            return {}
+        try:
+            stored = parse_object(_read(self._path, _LONGEST_CACHE), "the digest cache")
+        except (OSError, BrokenCheckpoint):
+            return {}
+        return {key: value for key, value in stored.items() if isinstance(value, str) and len(value) == 64}
+
+
+def inspect_models(
+    root: Path, digests: DigestCache, *, is_stopped: Callable[[], bool] = lambda: False
+) -> tuple[ModelProfile, ...]:
+    """Every model in the root, by path, the refused ones with `unsafe_because`. A root that does not exist holds none.
+
+    New weights are read once as a whole, for their digest: run it on a thread of its own. Raises InspectionStopped, and
+    MisconfiguredService where the root cannot be read.
+    """
+    return tuple(each_model(root, digests, is_stopped=is_stopped))
+
+
+def each_model(root: Path, digests: DigestCache, *, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[ModelProfile]:
+    """The same one by one, so that a model is known as soon as its own weights have been read."""
+    try:
+        folders = list(_folders(root))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise MisconfiguredService(f"The models folder {root} cannot be read: {error.strerror}.") from error
+    try:
+        for folder in folders:
+            if is_stopped():
+                raise InspectionStopped
+            yield _inspect(folder, digests, is_stopped)
+    finally:
+        digests.save()
+
+
+def _folders(root: Path) -> Iterator[_Folder]:
+    real_root = root.resolve(strict=True)
+    for entry in sorted(os.scandir(real_root), key=lambda entry: entry.name):
+        place = Path(entry.path)
+        if entry.name.startswith((".", "datasets--", "spaces--")) or not place.is_dir():
+            continue
+        real = Path(os.path.realpath(place))
+        if entry.name.startswith("models--") and not entry.is_symlink():
+            yield from _snapshots(place)
+            continue
+        name = _printable(entry.name)
+        homes = (real,) if real_root in real.parents else ()
+        yield _Folder(name=name, path=PurePosixPath(name), real=real, homes=homes)
+
+
+def _snapshots(repo: Path) -> Iterator[_Folder]:
+    """The snapshots of one repository in the hub cache; the one that `main` names, or the only one, bears its plain name."""
+    repo_id = _printable(repo.name.removeprefix("models--")).replace("--", "/", 1)
+    refs = dict(_refs(repo / "refs"))
+    try:
+        found = sorted(entry.name for entry in os.scandir(repo / "snapshots") if entry.is_dir(follow_symlinks=False))
+    except OSError:
+        found = []
+    main = refs.get("main") or (found[0] if len(found) == 1 else None)
+    for revision in found:
+        shown = _printable(revision)
+        name = repo_id.replace("/", "--") + ("" if revision == main else f"--{shown}")
+        real = repo / "snapshots" / revision
+        yield _Folder(
+            name=name,
+            path=PurePosixPath(_printable(repo.name), "snapshots", shown),
+            real=real,
+            homes=(real, repo / "blobs"),
+            repo_id=repo_id,
+            revision=shown,
+            refs=tuple(sorted(ref for ref, commit in refs.items() if commit == revision)),
+        )
+
+
+def _refs(folder: Path) -> Iterator[tuple[str, str]]:
+    """The branches and tags of a repository in the hub cache, with the revision that each names."""
+    count = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            count += 1
+            if count > _MOST_REFS:
+                return
+            place = Path(parent, name)
+            with contextlib.suppress(OSError, BrokenCheckpoint, UnicodeDecodeError):
+                yield _printable(place.relative_to(folder).as_posix()), _read(place, 256).decode().strip()
+
+
+def _inspect(folder: _Folder, digests: DigestCache, is_stopped: Callable[[], bool]) -> ModelProfile:
+    try:
+        profile = _read_model(folder, digests, is_stopped)
+    except BrokenCheckpoint as error:
+        profile = _refused(folder, str(error))
+    except OSError as error:
+        profile = _refused(folder, f"{_shown_name(error)} cannot be read: {error.strerror}")
+    return replace(profile, repo_id=folder.repo_id, revision=folder.revision, refs=folder.refs)
+
+
+def _refused(folder: _Folder, reason: str) -> ModelProfile:
+    return ModelProfile(name=folder.name, path=folder.path, digest="", unsafe_because=reason)
+
+
+def _read_model(folder: _Folder, digests: DigestCache, is_stopped: Callable[[], bool]) -> ModelProfile:
+    if "\\" in folder.path.as_posix():
+        raise BrokenCheckpoint("its name is not plain text")
+    files = _safe_files(folder)
+    if "config.json" not in files:
+        raise BrokenCheckpoint("it has no config.json; each model is one folder directly in the models folder")
+    config = parse_object(_read(files["config.json"], _LONGEST_CONFIG), "config.json")
+    headers = _headers(files)
+    weights = _weight_files(files, headers)
+    tokenizer_config: Mapping[str, Any] = {}
+    if "tokenizer_config.json" in files:
+        tokenizer_config = parse_object(_read(files["tokenizer_config.json"], _LONGEST_CONFIG), "tokenizer_config.json")
+    if not any(name in files for name in TOKENIZER_FILES) and not {"vocab.json", "merges.txt"} <= files.keys():
+        raise BrokenCheckpoint("it has no tokenizer")
+    if tokenizer_config.get("auto_map") and "tokenizer.json" not in files:
+        raise BrokenCheckpoint("it needs remote code: its tokenizer is a program of its own")
+    profile = profile_of(
+        name=folder.name,
+        path=folder.path,
+        digest="",
+        config=config,
+        tensors=[tensor for name in weights for tensor in headers[name]],
+        has_processor=any(name in files for name in PROCESSOR_FILES),
+        has_chat_template=bool(tokenizer_config.get("chat_template")) or "chat_template.jinja" in files,
+    )
+    return replace(profile, digest=_digest(files, weights, digests, is_stopped))
+
+
+def _safe_files(folder: _Folder) -> dict[str, Path]:
+    """Every file of the folder by its relative name. Raises BrokenCheckpoint for a tree that must not be touched."""
+    if not folder.homes:
+        raise BrokenCheckpoint("it is a link that leaves the models folder")
+    found: dict[str, Path] = {}
+    waiting = [folder.real]
+    while waiting:
+        with os.scandir(waiting.pop()) as listing:
+            entries = list(itertools.islice(listing, _MOST_FILES))
+        if len(found) + len(waiting) + len(entries) >= _MOST_FILES:
+            raise BrokenCheckpoint(f"it has {_MOST_FILES:,} files or more")
+        for entry in entries:
+            name = Path(entry.path).relative_to(folder.real).as_posix()
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(Path(entry.path))
+                continue
+            if Path(name.lower()).suffix in PICKLE_SUFFIXES:
+                raise BrokenCheckpoint(
+                    f"{_printable(name)} may hold a pickle, which runs code when it is loaded; use safetensors"
+                )
+            target = Path(os.path.realpath(entry.path))
+            if entry.is_symlink() and not any(home in target.parents for home in folder.homes):
+                raise BrokenCheckpoint(f"{_printable(name)} is a link that leaves the model's folder")
+            if not stat.S_ISREG(os.lstat(target).st_mode):
+                raise BrokenCheckpoint(f"{_printable(name)} is not a plain file")
+            found[name] = target
+    return found
+
+
+def _weight_files(files: Mapping[str, Path], headers: Mapping[str, tuple[Tensor, ...]]) -> tuple[str, ...]:
+    """The files that loading reads, as transformers picks them. Raises BrokenCheckpoint where one is not whole."""
+    if SINGLE_WEIGHTS in files:
+        return (SINGLE_WEIGHTS,)
+    if WEIGHTS_INDEX not in files:
+        raise BrokenCheckpoint(f"it has neither {SINGLE_WEIGHTS} nor {WEIGHTS_INDEX}")
+    index = parse_object(_read(files[WEIGHTS_INDEX], _LONGEST_INDEX), WEIGHTS_INDEX)
+    shards = shard_names(index, WEIGHTS_INDEX)
+    held = {name: {tensor.name for tensor in tensors} for name, tensors in headers.items()}
+    for tensor, shard in shards.items():
+        if shard not in held:
+            raise BrokenCheckpoint(f"the shard {_printable(shard)} is missing")
+        if tensor not in held[shard]:
+            raise BrokenCheckpoint(f"the shard {_printable(shard)} lacks the tensor {tensor[:80]!r}")
+    return tuple(sorted(set(shards.values())))
+
+
+def _headers(files: Mapping[str, Path]) -> dict[str, tuple[Tensor, ...]]:
+    """The tensors of every safetensors file, wanted or not: one that is broken makes the whole folder doubtful."""
+    headers: dict[str, tuple[Tensor, ...]] = {}
+    left = _LONGEST_HEADERS
+    for name in sorted(name for name in files if name.endswith(".safetensors")):
+        shown = _printable(name)
+        with _plain_file(files[name]) as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            length = header_length(file.read(LENGTH_BYTES), file_bytes, shown)
+            left -= length
+            if left < 0:
+                raise BrokenCheckpoint(f"its safetensors headers together have more than {_LONGEST_HEADERS:,} bytes")
+            headers[name] = parse_header(file.read(length), file_bytes - LENGTH_BYTES - length, shown)
+    return headers
+
+
+def _digest(files: Mapping[str, Path], weights: tuple[str, ...], digests: DigestCache, is_stopped: Callable[[], bool]) -> str:
+    """sha256 over the names and digests of all that decides an answer: weights, configuration, tokenizer, chat template."""
+    names = sorted({*weights, *(name for name in _ANSWER_FILES if name in files)})
+    lines = [f"{name} {digests.digest(files[name], is_stopped)}\n" for name in names]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _plain_file(path: Path) -> Iterator[BinaryIO]:
+    """The file, opened without waiting on a pipe or a device. Raises BrokenCheckpoint where it is not a plain one."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise BrokenCheckpoint(f"{_printable(path.name)} is not a plain file")
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise BrokenCheckpoint(f"{_printable(path.name)} is not a plain file")
+        yield file
+
+
+def _read(path: Path, most: int) -> bytes:
+    with _plain_file(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise BrokenCheckpoint(f"{_printable(path.name)} is larger than {most:,} bytes")
+    return content
+
+
+def _cache_key(path: Path, status: os.stat_result) -> str:
+    return json.dumps([os.fspath(path), status.st_ino, status.st_size, status.st_mtime_ns])
+
+
+def _is_current(key: str) -> bool:
+    try:
+        path = json.loads(key)[0]
+        return _cache_key(Path(path), os.stat(path)) == key
+    except (OSError, ValueError, TypeError, LookupError):
+        return False
+
+
+def _shown_name(error: OSError) -> str:
+    return _printable(Path(os.fsdecode(error.filename)).name) if isinstance(error.filename, str | bytes) else "a file"
+
+
+def _printable(name: str) -> str:
+    """The name with everything that a terminal or a database could choke on written as an escape."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in name)
