@@ -1,0 +1,1 @@
+"""What does the metal do? The child process that holds torch and one model, and answers rows for its supervisor."""

@@ -1,0 +1,80 @@
+"""How does `transformers-generic` bring a model into memory? The plain Auto class, whole on the device.
+
+Safetensors only, no remote code, nothing fetched.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from ollm_service.core.plan import GenericModelKind
+from ollm_service.core.wire import Execute
+from workers.runner.interruptions import AttemptEnded
+from workers.runner.model import LoadedModel, ModelKey, resident_cache
+
+
+def model_key(command: Execute) -> ModelKey:
+    """Which model, where, the command needs."""
+    return ModelKey(model_dir=command.model_dir, digest=command.profile.digest, device_id=command.placement.device_id)
+
+
+def load(command: Execute) -> LoadedModel:
+    """Load model and tokenizer in the checkpoint's own dtype. Raises AttemptEnded for a kind that this backend does not run."""
+    kind = command.runtime_plan.generic_model_kind
+    if kind is not GenericModelKind.CAUSAL_LM:
+        raise AttemptEnded(
+            stage="loading",
+            code="kind_not_supported",
+            message=f"This runner answers with models of kind `{GenericModelKind.CAUSAL_LM}` only, not `{kind}`.",
+            error_type="UnsupportedKind",
+            is_permanent=True,
+        )
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers does not annotate it
+    folder, device = Path(command.model_dir), torch.device(command.placement.device_id)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    module: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", trust_remote_code=False, local_files_only=True, use_safetensors=True
+    )
+    nn.Module.to(module, device)
+    module.train(mode=False).requires_grad_(requires_grad=False)
+    _keep_the_head_small(module)
+    end_tokens = _end_tokens(module, tokenizer)
+    return LoadedModel(
+        key=model_key(command),
+        module=module,
+        tokenizer=tokenizer,
+        device=device,
+        context_limit=_context_limit(module, command.profile.max_context_tokens),
+        end_tokens=end_tokens,
+        pad_token=_pad_token(tokenizer, end_tokens),
+        open_cache=resident_cache(module),
+    )
+
+
+def _keep_the_head_small(module: PreTrainedModel) -> None:
+    """Make the head's input contiguous: for a strided slice torch would copy the whole vocabulary matrix once a row."""
+    head = module.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers does not annotate it
+    if head is not None:
+        head.register_forward_pre_hook(lambda _module, arguments: (arguments[0].contiguous(), *arguments[1:]))
+
+
+def _context_limit(module: PreTrainedModel, profiled: int | None) -> int | None:
+    configured = getattr(module.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min((limit for limit in (profiled, configured) if limit), default=None)
+
+
+def _end_tokens(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    configured: Any = getattr(module.generation_config, "eos_token_id", None)
+    if configured is None:
+        configured = tokenizer.eos_token_id
+    listed = configured if isinstance(configured, list | tuple) else [configured]
+    return frozenset(token for token in listed if token is not None)
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase, end_tokens: frozenset[int]) -> int:
+    """Any valid token will do: padding is masked."""
+    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else min(end_tokens, default=0)

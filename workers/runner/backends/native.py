@@ -1,0 +1,27 @@
+"""Which passes does `optimized-native` attach to a model, in which order? The planned ones, as the plan lists them."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from ollm_service.core.plan import BackendId, PassId
+from ollm_service.core.wire import Execute
+from workers.runner.interruptions import PassFailed
+from workers.runner.model import LoadedModel
+from workers.runner.passes.disk_cache import DiskCache
+from workers.runner.passes.mlp_chunking import MlpChunking
+from workers.runner.passes.specialization import SpecializationPass
+
+PASSES: Mapping[PassId, Callable[[LoadedModel, Execute], SpecializationPass]] = MappingProxyType(
+    {PassId.DISK_CACHE: DiskCache, PassId.MLP_CHUNKING: MlpChunking}
+)
+
+
+def planned_passes(model: LoadedModel, command: Execute) -> list[SpecializationPass]:
+    """The plan's passes for this model; none for a generic plan. Raises PassFailed for one that this runner does not have."""
+    plan = command.runtime_plan
+    if plan.backend_id != BackendId.OPTIMIZED_NATIVE:
+        return []
+    for pass_id in plan.specialization_pass_ids:
+        if pass_id not in PASSES:
+            raise PassFailed(pass_id, "this runner does not have the pass", "UnknownPass")
+    return [PASSES[pass_id](model, command) for pass_id in plan.specialization_pass_ids]

@@ -1,0 +1,51 @@
+"""Which rows run together? Rows that choose tokens in the same way, longest first, at most so many at a time."""
+
+from collections.abc import Iterable, Sequence
+
+from ollm_service.core.options import GenerationConfig
+from workers.runner.prompts import EncodedRow
+
+Choice = tuple[float, float | None, int | None]
+
+
+def choice_of(generation: GenerationConfig) -> Choice:
+    """What rows of one micro-batch must share: temperature, top_p, top_k. Seeds, limits and stop strings are each row's own."""
+    return (0.0, None, None) if generation.is_greedy else (generation.temperature, generation.top_p, generation.top_k)
+
+
+class MicroBatches:
+    """The rows still to run, handed out as micro-batches.
+
+    Longest first: what does not fit shows at once, and the first micro-batch is the one in which a pass has most to do. Equal
+    lengths lie together, so that little is padding.
+    """
+
+    def __init__(self, rows: Iterable[EncodedRow], most_rows: int) -> None:
+        ordered = sorted(rows, key=lambda row: (-len(row.tokens), -row.max_new_tokens, row.row))
+        groups: dict[Choice, list[EncodedRow]] = {}
+        for row in ordered:
+            groups.setdefault(choice_of(row.generation), []).append(row)
+        # A dict keeps the order of insertion: the group with the longest row comes first.
+        self._groups = list(groups.values())
+        self.most_rows = max(1, most_rows)
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    def take(self) -> Sequence[EncodedRow]:
+        """The next micro-batch. Raises IndexError when none is left."""
+        group = self._groups[0]
+        batch, rest = group[: self.most_rows], group[self.most_rows :]
+        if rest:
+            self._groups[0] = rest
+        else:
+            del self._groups[0]
+        return batch
+
+    def halve(self, batch: Sequence[EncodedRow]) -> None:
+        """Put back a micro-batch that was too large; from now on they are at most half of it."""
+        self.most_rows = max(1, len(batch) // 2)
+        if self._groups and choice_of(self._groups[0][0].generation) == choice_of(batch[0].generation):
+            self._groups[0] = [*batch, *self._groups[0]]
+        else:
+            self._groups.insert(0, list(batch))

@@ -1,0 +1,95 @@
+"""In what order does the runner carry out a plan?
+
+Load the model unless it is warm; check and apply the passes; answer the rows in micro-batches, longest first; undo the passes.
+The first micro-batch's results are reported only when every planned pass has ended well: otherwise the pass's failure is reported
+instead, and nothing of the attempt is kept. A micro-batch that runs out of memory is halved and tried again.
+"""
+
+import gc
+import threading
+import time
+
+import torch
+
+from ollm_service.core.wire import AttemptFailed, Execute, Loaded, Stopped
+from workers.runner.attempt import Attempt
+from workers.runner.backends import generic, native
+from workers.runner.interruptions import AttemptEnded, PassFailed, StopRequested, first_line
+from workers.runner.memory import is_out_of_memory
+from workers.runner.model import LoadedModel
+from workers.runner.passes.specialization import AppliedPasses
+from workers.runner.progress import LoadWatch, Pulse, Report
+
+
+class Engine:
+    """Holds the warm model and carries out one plan at a time."""
+
+    def __init__(self) -> None:
+        self._model: LoadedModel | None = None
+        self._passes = AppliedPasses(())
+
+    def execute(self, command: Execute, report: Report, stop: threading.Event) -> None:
+        """Carry out the plan; the last message is Finished, Stopped, SpecializationFailed or AttemptFailed.
+
+        Raises whatever else goes wrong; the passes are undone in any case.
+        """
+        attempt = Attempt(command, report, Pulse(report, stop))
+        try:
+            model = self._load(command, attempt)
+            self._passes = AppliedPasses(native.planned_passes(model, command))
+            self._passes.apply()
+            attempt.run(model, self._passes)
+        except StopRequested:
+            report(Stopped())
+        except PassFailed as failure:
+            report(attempt.failure_of(failure))
+        except AttemptEnded as end:
+            report(
+                AttemptFailed(
+                    stage=end.stage,
+                    code=end.code,
+                    message=end.message,
+                    error_type=end.error_type,
+                    is_permanent=end.is_permanent,
+                )
+            )
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Undo the passes of the current plan, if there is one, and delete its files."""
+        self._passes.undo()
+
+    def _load(self, command: Execute, attempt: Attempt) -> LoadedModel:
+        key, started = generic.model_key(command), time.monotonic()
+        attempt.pulse.stage = "loading"
+        attempt.pulse()
+        if self._model is not None and self._model.key == key:
+            attempt.report(Loaded(seconds=0.0, was_warm=True))
+            return self._model
+        self._model = None
+        _free_memory()
+        with LoadWatch(attempt.report, "loading"):
+            try:
+                self._model = generic.load(command)
+            except (OSError, ValueError, RuntimeError, ImportError, MemoryError) as error:
+                raise _load_failure(error) from error
+        attempt.measurements.load_seconds = time.monotonic() - started
+        attempt.report(Loaded(seconds=attempt.measurements.load_seconds, was_warm=False))
+        return self._model
+
+
+def _load_failure(error: Exception) -> AttemptEnded:
+    """Paths are told, contents are not: loading has seen no row yet."""
+    return AttemptEnded(
+        stage="loading",
+        code="out_of_memory" if is_out_of_memory(error) else "load_failed",
+        message=first_line(error),
+        error_type=type(error).__name__,
+    )
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

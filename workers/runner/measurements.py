@@ -1,0 +1,56 @@
+"""What did an attempt cost? Seconds, bytes and tokens, as they are recorded beside the estimate."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from ollm_service.core.leasing import RowResult
+from workers.runner.memory import peak_host_bytes, reset_peak_host_bytes
+
+
+class Measurements:
+    """Counts of one attempt. Peaks are those since the attempt began, the model's own weights included."""
+
+    def __init__(self) -> None:
+        self.load_seconds = 0.0
+        self.halvings = 0
+        self._device = torch.device("cpu")
+        self._started = time.monotonic()
+        self._prompt_tokens = 0
+        self._completion_tokens = 0
+        self._micro_batches = 0
+        self._largest_micro_batch = 0
+        reset_peak_host_bytes()
+
+    def start_generating(self, device: torch.device) -> None:
+        """Rates count from here."""
+        self._device = device
+        self._started = time.monotonic()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def count(self, results: Sequence[RowResult]) -> None:
+        """Count a finished micro-batch."""
+        self._micro_batches += 1
+        self._largest_micro_batch = max(self._largest_micro_batch, len(results))
+        self._prompt_tokens += sum(result.prompt_tokens for result in results)
+        self._completion_tokens += sum(result.completion_tokens for result in results)
+
+    def as_dict(self) -> dict[str, float]:
+        """Everything so far. `tokens_per_second` is generated tokens per second since generation started."""
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        measured = {
+            "load_seconds": self.load_seconds,
+            "generate_seconds": seconds,
+            "prompt_tokens": float(self._prompt_tokens),
+            "completion_tokens": float(self._completion_tokens),
+            "tokens_per_second": self._completion_tokens / seconds,
+            "micro_batches": float(self._micro_batches),
+            "largest_micro_batch": float(self._largest_micro_batch),
+            "memory_halvings": float(self.halvings),
+            "peak_host_bytes": float(peak_host_bytes()),
+        }
+        if self._device.type == "cuda":
+            measured["peak_device_bytes"] = float(torch.cuda.max_memory_allocated(self._device))
+        return measured

@@ -1,0 +1,85 @@
+"""What is a model in memory, and how does one forward pass over a batch of rows go?
+
+B rows, L new positions of each, T positions so far, V vocabulary.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+CacheSource = Callable[[], AbstractContextManager[Cache]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelKey:
+    """Equal keys are the same weights in the same place, so that a warm model can serve another plan."""
+
+    model_dir: str
+    digest: str
+    device_id: str
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadedModel:
+    """A model of ours, with what is needed to run it. Passes change `module` and `open_cache`, and undo that again.
+
+    `context_limit` is in tokens, prompt and answer together; None where the model sets none. `open_cache` gives the KV cache of
+    one micro-batch for as long as that runs.
+    """
+
+    key: ModelKey
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    context_limit: int | None
+    end_tokens: frozenset[int]
+    pad_token: int
+    open_cache: CacheSource
+    _accepted: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._accepted = frozenset(inspect.signature(self.module.forward).parameters)
+
+    def next_logits(self, tokens_BL: Tensor, mask_BT: Tensor, positions_BL: Tensor, cache: Cache) -> Tensor:
+        """Logits [B, V] of the token that follows the last position. Left-padded; padding is 0 in the mask."""
+        offered: dict[str, Any] = {"position_ids": positions_BL, "logits_to_keep": 1}
+        extra = {name: value for name, value in offered.items() if name in self._accepted}
+        output = self.module(input_ids=tokens_BL, attention_mask=mask_BT, past_key_values=cache, use_cache=True, **extra)
+        logits_BV: Tensor = output.logits[:, -1, :]
+        return logits_BV
+
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers: the modules of the longest module list."""
+        lists = [list(module) for module in self.module.modules() if isinstance(module, nn.ModuleList)]
+        return max(lists, key=len, default=[])
+
+
+def resident_cache(module: PreTrainedModel) -> CacheSource:
+    """A KV cache that stays on the device."""
+
+    @contextmanager
+    def opened() -> Iterator[Cache]:
+        yield DynamicCache(config=module.config)
+
+    return opened
+
+
+@contextmanager
+def at_each_layer(model: LoadedModel, visit: Callable[[], None]) -> Iterator[None]:
+    """Call `visit` after every decoder layer of every forward pass."""
+
+    def visited(_module: nn.Module, _arguments: Any, _output: Any) -> None:
+        visit()
+
+    hooks = [layer.register_forward_hook(visited) for layer in model.layers()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,100 @@
+"""Which tokens does a row feed to the model, and may it run at all?
+
+Rules: a prompt is raw text with the tokenizer's own special tokens; messages go through the chat template, which brings its own,
+so none are added a second time. A row that cannot run becomes a result with an error and never stops the others.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ollm_service.core.leasing import RowError, RowResult, WorkRow
+from ollm_service.core.options import GenerationConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedRow:
+    """A row that is ready to run. `is_clamped`: the context leaves less room than the tokens that were asked for."""
+
+    row: int
+    tokens: tuple[int, ...]
+    generation: GenerationConfig
+    max_new_tokens: int
+    is_clamped: bool
+
+
+class RowRefused(Exception):
+    """This row cannot run."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.error = RowError(code=code, message=message)
+
+
+def encode_row(row: WorkRow, tokenizer: PreTrainedTokenizerBase, context_limit: int | None) -> EncodedRow | RowResult:
+    """The row's tokens, or its error result. `context_limit` is in tokens, prompt and answer together."""
+    try:
+        tokens = _tokens(row, tokenizer)
+        room = None if context_limit is None else context_limit - len(tokens)
+        if room is not None and room < 1:
+            raise RowRefused(
+                "context_length_exceeded",
+                f"The prompt has {len(tokens):,} tokens; the context holds {context_limit:,}, one of them for the answer.",
+            )
+    except RowRefused as refusal:
+        return RowResult(row=row.row, error=refusal.error)
+    wanted = row.generation.max_new_tokens
+    return EncodedRow(
+        row=row.row,
+        tokens=tuple(tokens),
+        generation=row.generation,
+        max_new_tokens=wanted if room is None else min(wanted, room),
+        is_clamped=room is not None and room < wanted,
+    )
+
+
+def _tokens(row: WorkRow, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if row.messages is not None:
+        text, adds_special_tokens = _chat_text(row.messages, tokenizer), False
+    elif isinstance(row.prompt, str):
+        text, adds_special_tokens = row.prompt, True
+    else:
+        raise RowRefused("prompt_missing", "The row has neither a prompt nor messages.")
+    # A long prompt would make the tokenizer warn about the model's maximum; we check that ourselves.
+    tokens: list[int] = tokenizer(text, add_special_tokens=adds_special_tokens, verbose=False)["input_ids"]
+    if not tokens:
+        raise RowRefused("prompt_missing", "The prompt is empty.")
+    return tokens
+
+
+def _chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+    if tokenizer.chat_template is None:
+        raise RowRefused("chat_template_missing", "The model has no chat template; send a prompt instead of messages.")
+    if not messages:
+        raise RowRefused("invalid_messages", "The list of messages is empty.")
+    plain = [_plain(message) for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        # A template is the model's own program and may raise anything, quoting the message: only the kind of error is told.
+        raise RowRefused(
+            "invalid_messages", f"The model's chat template refuses these messages ({type(error).__name__})."
+        ) from error
+    return str(text)
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with a list of text parts joined to one text."""
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise RowRefused("invalid_messages", "A message has no role.")
+    if isinstance(content, list | tuple):
+        parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
+        if not all(isinstance(part, str) for part in parts):
+            raise RowRefused("invalid_messages", "A message has a part that is not text; this model is given text only.")
+        content = "".join(str(part) for part in parts)
+    if not isinstance(content, str):
+        raise RowRefused("invalid_messages", "A message has no text content.")
+    return {**message, "role": role, "content": content}
