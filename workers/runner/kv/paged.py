@@ -62,10 +62,9 @@ class PagedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers
 
     def _spill(self) -> None:
         keys, values = torch.cat(self._tail[0], dim=-2), torch.cat(self._tail[1], dim=-2)
-        for key_page, value_page in zip(
-            torch.split(keys, PAGE_TOKENS, dim=-2), torch.split(values, PAGE_TOKENS, dim=-2), strict=True
-        ):
-            self._pages.append(key_page, value_page)
+        for start in range(0, keys.shape[-2], PAGE_TOKENS):
+            end = start + PAGE_TOKENS
+            self._pages.append(keys[..., start:end, :], values[..., start:end, :])
         self._tail = ([], [])
 
 
