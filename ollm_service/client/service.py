@@ -1,0 +1,157 @@
+"""What can a user ask of the service? Submit, look, preview and drain: one Client for one service."""
+
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Self
+from urllib.parse import quote
+
+from ollm_service.client.jobs import Job
+from ollm_service.client.rows import rows_to_send
+from ollm_service.client.transport import Transport
+from ollm_service.client.views import JobStatus, Model, Plan, Preview, Worker
+from ollm_service.core.options import GenerationConfig, RuntimeConfig
+
+LOCAL_SERVICE = "http://127.0.0.1:8000"
+PAGE_LENGTH = 100
+
+
+class Client:
+    """A user of one service, `OLLM_BASE_URL` or the one on this machine. Thread-safe; close it or use it in a `with`.
+
+    Every method may raise an OllmError: a RequestError for what the caller can mend, a ServiceError otherwise, each with its
+    code, param and remedy. Requests are repeated after a lost connection, and no repetition does anything twice.
+    """
+
+    def __init__(self, base_url: str | None = None, api_key: str | None = None) -> None:
+        address = base_url or os.environ.get("OLLM_BASE_URL") or LOCAL_SERVICE
+        self._transport = Transport(address, api_key or os.environ.get("OLLM_API_KEY"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._transport.close()
+
+    @property
+    def base_url(self) -> str:
+        """The service's address."""
+        return self._transport.base_url
+
+    def submit(
+        self,
+        model: str,
+        rows: Iterable[Any],
+        runtime: RuntimeConfig | Mapping[str, Any] | None = None,
+        generation: GenerationConfig | Mapping[str, Any] | None = None,
+        *,
+        priority: int | None = None,
+        where: str | None = None,
+        deadline_seconds: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Store a job and return it with its plans; nothing has run yet.
+
+        A row is a text (a prompt), a list of messages, or a mapping `{custom_id?, prompt | messages, generation?}`. With an
+        `idempotency_key`, submitting the same again returns the first job; one is made where none is given, so that this
+        call's own repetitions are safe. A row that is wrong by itself ends with an error and the others go on.
+        """
+        body: dict[str, Any] = {
+            "model": model,
+            "rows": rows_to_send(rows),
+            "runtime": _options(runtime),
+            "generation": _options(generation),
+            "priority": priority,
+            "where": where,
+            "deadline_seconds": deadline_seconds,
+            "idempotency_key": idempotency_key or uuid.uuid4().hex,
+        }
+        given = {name: value for name, value in body.items() if value is not None}
+        return self._job(self._transport.post("/v1/jobs", given))
+
+    def preview(
+        self,
+        model: str,
+        runtime: RuntimeConfig | Mapping[str, Any] | None = None,
+        *,
+        where: str | None = None,
+        rows: Iterable[Any] | None = None,
+    ) -> Preview:
+        """The plan that such a job would get, and every worker's verdict, without running anything."""
+        body: dict[str, Any] = {"model": model, "runtime": _options(runtime)}
+        if where is not None:
+            body["where"] = where
+        if rows is not None:
+            body["rows"] = rows_to_send(rows)
+        return Preview.from_raw(self._transport.post("/v1/plans/preview", body))
+
+    def job(self, job_id: str) -> Job:
+        """One job. Raises NotFound."""
+        return Job(self, self._transport, self.status(job_id))
+
+    def status(self, job_id: str) -> JobStatus:
+        """One job as a frozen view. Raises NotFound."""
+        return JobStatus.from_raw(self._transport.get(f"/v1/jobs/{_in_path(job_id)}"))
+
+    def jobs(self) -> Iterator[Job]:
+        """Every job, the newest first."""
+        return (self._job(raw) for raw in self._pages("/v1/jobs"))
+
+    def plan(self, plan_id: str) -> Plan:
+        """One plan with its events and attempts. Raises NotFound."""
+        return Plan.from_raw(self._transport.get(f"/v1/plans/{_in_path(plan_id)}"))
+
+    def plans(self, job: Job | str) -> Iterator[Plan]:
+        """Every plan of a job, in the order of its rows."""
+        job_id = job if isinstance(job, str) else job.id
+        return (Plan.from_raw(raw) for raw in self._pages(f"/v1/jobs/{_in_path(job_id)}/plans"))
+
+    def retry(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
+        """Make a new job of a job's failed rows. Raises Conflict while it runs and where nothing failed."""
+        body = {"idempotency_key": idempotency_key or uuid.uuid4().hex}
+        return self._job(self._transport.post(f"/v1/jobs/{_in_path(job_id)}/retry", body))
+
+    def workers(self) -> list[Worker]:
+        """Every worker that is there."""
+        return [Worker.from_raw(raw) for raw in self._pages("/v1/workers")]
+
+    def models(self) -> list[Model]:
+        """Every model that a job may name."""
+        return [Model.from_raw(raw) for raw in self._pages("/v1/models")]
+
+    def drain(self, node: str) -> Mapping[str, Any]:
+        """Ask a node's workers to finish what they do and take nothing new. Raises NotFound."""
+        answer: Mapping[str, Any] = self._transport.post(f"/v1/workers/{_in_path(node)}/drain")
+        return answer
+
+    def health(self) -> Mapping[str, Any]:
+        """Whether the service can do its work: its database and its broker. Raises ServiceError where it cannot."""
+        answer: Mapping[str, Any] = self._transport.get("/readyz")
+        return answer
+
+    def _job(self, raw: Mapping[str, Any]) -> Job:
+        return Job(self, self._transport, JobStatus.from_raw(raw))
+
+    def _pages(self, path: str) -> Iterator[Mapping[str, Any]]:
+        after: str | int | None = None
+        while True:
+            page = self._transport.get(path, after=after, limit=PAGE_LENGTH)
+            yield from page["data"]
+            after = page.get("next")
+            if not page.get("has_more") or after is None:
+                return
+
+
+def _options(config: RuntimeConfig | GenerationConfig | Mapping[str, Any] | None) -> dict[str, Any]:
+    """What was chosen. A mapping goes as it is: the service names what is wrong with it."""
+    if config is None:
+        return {}
+    return config.as_dict() if isinstance(config, RuntimeConfig | GenerationConfig) else dict(config)
+
+
+def _in_path(name: str) -> str:
+    return quote(name, safe="")
