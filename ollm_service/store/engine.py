@@ -1,0 +1,188 @@
+"""How do we reach the database, and what happens when that goes wrong in the middle of a transaction?
+
+A transaction that failed before its COMMIT was sent has not happened, and is tried again. One whose COMMIT got no answer may have
+happened: the caller's `recover` is asked first, on a new connection, and only if it knows of nothing the work is done again.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from ollm_service.core.errors import DatabaseUnavailable, MisconfiguredService
+
+T = TypeVar("T")
+
+TRIES = 5
+FIRST_PAUSE_SECONDS = 0.05
+BUSY_MS = 10_000
+POOL_SIZE = 10
+# Serialization failure, deadlock, lock timeout: the transaction has surely not happened, and trying again may well succeed.
+_TRY_AGAIN_STATES = frozenset({"40001", "40P01", "55P03"})
+# The server is shutting down, starting, out of connections, or has dropped ours.
+_GONE_STATES = ("08", "57P", "53300")
+_POSTGRES_ARGUMENTS: dict[str, Any] = {
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+    "options": "-c statement_timeout=30000 -c lock_timeout=10000 -c idle_in_transaction_session_timeout=30000",
+    "application_name": "ollm-service",
+}
+
+
+def parse_url(text: str) -> URL:
+    """The database URL. Raises MisconfiguredService for anything but SQLite in a file and PostgreSQL."""
+    try:
+        url = make_url(text)
+    except ArgumentError as error:
+        raise MisconfiguredService("The database URL cannot be parsed.", param="OLLM_DATABASE_URL") from error
+    backend = url.get_backend_name()
+    if backend == "sqlite":
+        if not url.database or url.database == ":memory:":
+            raise MisconfiguredService("SQLite needs a file: sqlite:////absolute/path.db.", param="OLLM_DATABASE_URL")
+        return url
+    if backend != "postgresql":
+        raise MisconfiguredService(
+            f"`{backend}` is not supported; use sqlite:///… or postgresql+psycopg://….", param="OLLM_DATABASE_URL"
+        )
+    return url.set(drivername="postgresql+psycopg")
+
+
+def connect(url: URL) -> Engine:
+    """An engine with our settings; nothing is dialled yet. Raises MisconfiguredService where the driver is missing."""
+    if url.get_backend_name() == "sqlite":
+        engine = create_engine(url, connect_args={"timeout": BUSY_MS / 1000}, pool_size=POOL_SIZE, max_overflow=-1)
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+        return engine
+    arguments = {name: value for name, value in _POSTGRES_ARGUMENTS.items() if name not in url.query}
+    try:
+        return create_engine(url, connect_args=arguments, pool_size=POOL_SIZE, max_overflow=20, pool_timeout=10)
+    except (NoSuchModuleError, ModuleNotFoundError) as error:
+        raise MisconfiguredService("PostgreSQL needs psycopg: pip install 'ollm-service[postgres]'.") from error
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # we say BEGIN ourselves, so that writers can say BEGIN IMMEDIATE
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={BUSY_MS}"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+class Database:
+    """Transactions on one database. Thread-safe."""
+
+    def __init__(self, url: URL) -> None:
+        self.url = url
+        self.engine = connect(url)
+
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether it is one file on this machine."""
+        return self.url.get_backend_name() == "sqlite"
+
+    @property
+    def name(self) -> str:
+        """Where it is, without the password."""
+        return str(Path(self.url.database or "")) if self.is_sqlite else self.url.render_as_string(hide_password=True)
+
+    def read(self, work: Callable[[Connection], T]) -> T:
+        """Run `work` in a transaction that only reads. Raises DatabaseUnavailable."""
+        return self._run(work, writes=False, recover=None)
+
+    def write(self, work: Callable[[Connection], T], *, recover: Callable[[Connection], T | None] | None = None) -> T:
+        """Run `work` in a transaction and commit.
+
+        Work may run several times, so it must be a guarded statement: after a COMMIT without an answer it is either
+        recognized by `recover` (which returns None when it did not happen), or harmless to repeat. Raises DatabaseUnavailable
+        when the database stays away; the outcome is then unknown.
+        """
+        return self._run(work, writes=True, recover=recover)
+
+    def _run(self, work: Callable[[Connection], T], *, writes: bool, recover: Callable[[Connection], T | None] | None) -> T:
+        is_unknown = False
+        for trial in range(TRIES):
+            progress = _Progress()
+            try:
+                with self._transaction(writes=writes, progress=progress) as connection:
+                    if is_unknown and recover is not None:
+                        known = recover(connection)
+                        if known is not None:
+                            return known
+                    return work(connection)
+            except (DBAPIError, PoolTimeout) as error:
+                if isinstance(error, IntegrityError) or not _is_passing(error):
+                    raise
+                is_unknown = is_unknown or (progress.is_committing and not _has_surely_failed(error))
+                if trial == TRIES - 1:
+                    raise self.unavailable(error) from error
+            time.sleep(FIRST_PAUSE_SECONDS * 2**trial * (0.5 + random.random() / 2))
+        raise AssertionError("unreachable: the last trial returns or raises")
+
+    @contextmanager
+    def _transaction(self, *, writes: bool, progress: "_Progress") -> Iterator[Connection]:
+        with self.engine.connect() as plain:
+            connection = plain.execution_options(writes=writes)
+            transaction = connection.begin()
+            try:
+                yield connection
+                progress.is_committing = writes
+                transaction.commit()
+            except BaseException:
+                if transaction.is_active and not connection.invalidated:
+                    transaction.rollback()
+                raise
+
+    def unavailable(self, error: Exception) -> DatabaseUnavailable:
+        """What we say about a database that does not answer."""
+        cause = str(getattr(error, "orig", error)).strip().partition("\n")[0]
+        return DatabaseUnavailable(f"The database {self.name} cannot be reached: {cause}")
+
+    def close(self) -> None:
+        """Close every idle connection."""
+        self.engine.dispose()
+
+
+class _Progress:
+    """How far a transaction came."""
+
+    is_committing = False
+
+
+def _state_of(error: Exception) -> str:
+    return getattr(getattr(error, "orig", None), "sqlstate", None) or ""
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether it may well succeed if tried again."""
+    if isinstance(error, PoolTimeout):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    state = _state_of(error)
+    if error.connection_invalidated or state in _TRY_AGAIN_STATES or state.startswith(_GONE_STATES):
+        return True
+    message = str(error.orig).lower()
+    if "database is locked" in message or "database table is locked" in message:
+        return True
+    # Without a state it is the connection that failed, not a statement.
+    return type(error.orig).__name__ == "OperationalError" and not state and "psycopg" in type(error.orig).__module__
+
+
+def _has_surely_failed(error: Exception) -> bool:
+    return _state_of(error) in _TRY_AGAIN_STATES or "database is locked" in str(getattr(error, "orig", "")).lower()

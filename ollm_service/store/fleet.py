@@ -1,0 +1,98 @@
+"""What does the fleet look like from the coordinators: its workers, its models, its backlog?"""
+
+from sqlalchemy import Connection, case, func, select, update
+
+from ollm_service.core.capabilities import Capabilities
+from ollm_service.core.lifecycle import HELD_STATES, ExecutionState
+from ollm_service.core.planning import HeldModel
+from ollm_service.core.profile import ModelProfile
+from ollm_service.core.requirements import Requirements
+from ollm_service.core.wire import from_json
+from ollm_service.store.columns import now_ms
+from ollm_service.store.engine import Database
+from ollm_service.store.mapping import worker_view
+from ollm_service.store.presence import ACTIVE, DRAINING, GONE, count_inventory_change
+from ollm_service.store.tables import counters, plan_classes, runtime_plans, workers
+from ollm_service.store.views import ClassBacklog, WorkerView
+
+_PLAN = runtime_plans.c
+
+
+class Fleet:
+    """Workers, models and what waits for them."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def workers(self, *, active_only: bool = True) -> list[WorkerView]:
+        """The workers, oldest first; with `active_only` neither those that drain nor those that are gone."""
+        held = (_PLAN.worker_id == workers.c.id) & _PLAN.state.in_(HELD_STATES)
+        running = select(func.count()).select_from(runtime_plans).where(held).scalar_subquery()
+        query = select(workers, running.label("running_plans"), (now_ms() - workers.c.heartbeat_ms).label("age_ms"))
+        if active_only:
+            query = query.where(workers.c.state == ACTIVE)
+        query = query.order_by(workers.c.started_ms, workers.c.id)
+        return self._database.read(lambda connection: [worker_view(row) for row in connection.execute(query)])
+
+    def inventory_seq(self) -> int:
+        """The number of the present inventory alone: one row, for those who keep the rest."""
+        query = select(counters.c.value).where(counters.c.name == "inventory_seq")
+        return self._database.read(lambda connection: int(connection.execute(query).scalar_one()))
+
+    def inventory(self) -> tuple[int, tuple[HeldModel, ...]]:
+        """The usable models of active workers, and the number of this state of affairs, which every change raises."""
+
+        def work(connection: Connection) -> tuple[int, tuple[HeldModel, ...]]:
+            # The number first: a change in between then makes what is planned now look old, and it is planned again.
+            seq = connection.execute(select(counters.c.value).where(counters.c.name == "inventory_seq")).scalar_one()
+            query = select(workers.c.id, workers.c.capabilities).where(workers.c.state == ACTIVE)
+            holders: dict[tuple[str, str, str], tuple[ModelProfile, list[str]]] = {}
+            for row in connection.execute(query.order_by(workers.c.started_ms, workers.c.id)):
+                for model in from_json(Capabilities, row.capabilities).models:
+                    if model.is_usable:
+                        key = (model.name, str(model.path), model.digest)
+                        holders.setdefault(key, (model, []))[1].append(row.id)
+            return seq, tuple(HeldModel(profile=model, workers=tuple(ids)) for model, ids in holders.values())
+
+        return self._database.read(work)
+
+    def drain(self, node_or_worker_id: str) -> int:
+        """Ask the active workers with this id, or on this node, to finish and leave; how many."""
+        named = (workers.c.id == node_or_worker_id) | (workers.c.node == node_or_worker_id)
+        drained = update(workers).where(named, workers.c.state == ACTIVE).values(state=DRAINING)
+
+        def work(connection: Connection) -> int:
+            count = connection.execute(drained).rowcount
+            if count:
+                count_inventory_change(connection)
+            return count
+
+        return self._database.write(work)
+
+    def forget_gone(self, older_than_ms: int) -> int:
+        """Delete workers that have been gone for this long; how many. Their attempts keep their names."""
+        query = workers.delete().where(workers.c.state == GONE, workers.c.heartbeat_ms < now_ms() - older_than_ms)
+        return self._database.write(lambda connection: connection.execute(query).rowcount)
+
+    def backlog(self) -> list[ClassBacklog]:
+        """The classes with queued plans, the largest first."""
+        is_available = (_PLAN.available_ms <= now_ms()) & ~_PLAN.cancel_requested
+        counted = select(
+            _PLAN.class_id,
+            func.count().label("queued"),
+            func.sum(case((is_available, 1), else_=0)).label("available"),
+        )
+        counted = counted.where(_PLAN.state == ExecutionState.QUEUED.value).group_by(_PLAN.class_id)
+        groups = counted.subquery()
+        query = select(groups, plan_classes.c.requirements)
+        query = query.join_from(groups, plan_classes, plan_classes.c.class_id == groups.c.class_id)
+        rows = self._database.read(lambda connection: connection.execute(query.order_by(groups.c.queued.desc())).all())
+        return [
+            ClassBacklog(
+                class_id=row.class_id,
+                requirements=from_json(Requirements, row.requirements),
+                queued=row.queued,
+                available=int(row.available),
+            )
+            for row in rows
+        ]

@@ -1,0 +1,302 @@
+"""How does a worker take work, keep it, and hand results in? The one narrow interface between an agent and what is remembered.
+
+Every verb is one transaction, guarded by the lease: a plan record's results and state can be written by the holder of its lease
+only. Each verb may be repeated with the same arguments when its reply was lost; the store itself repeats one whose COMMIT got no
+answer, and the repeated verb asks by lease id what has become of the first.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from ollm_service.core.capabilities import Capabilities, LiveState
+from ollm_service.core.leasing import (
+    Assignment,
+    AttemptReport,
+    LeaseLost,
+    PlanClass,
+    Recorded,
+    Released,
+    Renewal,
+    RowError,
+    RowResult,
+)
+from ollm_service.core.lifecycle import Event, ExecutionState
+from ollm_service.core.requirements import Requirements
+from ollm_service.core.retry import Failure, GiveUp, decide
+from ollm_service.core.wire import from_json, to_json
+from ollm_service.store import claiming, presence, reaping
+from ollm_service.store.columns import now_ms
+from ollm_service.store.engine import Database
+from ollm_service.store.mapping import shown_columns
+from ollm_service.store.tables import attempts, exclusions, plan_classes, runtime_plans
+from ollm_service.store.transitions import append_event, end_attempt, end_early, lock_by_lease, move, write_results
+
+# How long a failed node stays away once the retry is due: several idle polls (1-2 s) of every other worker.
+EXCLUDED_AFTER_FAILURE_MS = 6_000
+RUNNER_CRASHED = "runner_crashed"
+
+
+class Leases:
+    """The verbs. `draw` returns a random number in [0, 1) for the jitter of retries."""
+
+    def __init__(self, database: Database, *, lease_ms: int, draw: Callable[[], float]) -> None:
+        self._database, self.lease_ms, self._draw = database, lease_ms, draw
+
+    # --- being there
+
+    def register(self, worker_id: str, capabilities: Capabilities, live: LiveState, pid: int) -> None:
+        """Make this worker known, or known again with other capabilities."""
+        self._database.write(lambda connection: presence.register(connection, worker_id, capabilities, live, pid))
+
+    def heartbeat(self, worker_id: str, live: LiveState, lease_ids: Collection[str], running: int) -> Renewal:
+        """Say that this worker is alive, and renew exactly these leases: those whose work is alive in it."""
+        return self._database.write(
+            lambda connection: presence.heartbeat(connection, worker_id, live, lease_ids, running, self.lease_ms)
+        )
+
+    def retire(self, worker_id: str) -> None:
+        """This worker ends and holds nothing any more."""
+        self._database.write(lambda connection: presence.retire(connection, worker_id))
+
+    def new_classes(self, after_seq: int) -> tuple[PlanClass, ...]:
+        """The classes numbered above `after_seq`, in the order in which they were committed; 0 for all."""
+        query = select(plan_classes).where(plan_classes.c.seq > after_seq).order_by(plan_classes.c.seq)
+        rows = self._database.read(lambda connection: connection.execute(query).all())
+        return tuple(
+            PlanClass(class_id=row.class_id, seq=row.seq, requirements=from_json(Requirements, row.requirements)) for row in rows
+        )
+
+    # --- taking work
+
+    def claim(self, worker_id: str, lease_id: str, class_ids: Collection[str]) -> Assignment | None:
+        """Lease the best plan of these classes under `lease_id`, a new random UUID; None when there is none for this worker.
+
+        A worker that is draining, unknown or gone gets nothing, and no plan whose exclusion names its node.
+        """
+        if not class_ids:
+            return None
+
+        def has_work(connection: Connection) -> bool:
+            node = claiming.node_of(connection, worker_id)
+            return node is not None and bool(claiming.best_classes(connection, class_ids, node))
+
+        # On SQLite a look without the write lock, so that idle workers do not stand in the way of the one that writes.
+        if self._database.is_sqlite and not self._database.read(has_work):
+            return None
+        try:
+            return self._database.write(
+                lambda connection: claiming.claim(connection, worker_id, lease_id, class_ids, self.lease_ms),
+                recover=lambda connection: claiming.assignment_of(connection, lease_id, self.lease_ms),
+            )
+        except IntegrityError as error:  # the lease was used before: by this very claim, whose first COMMIT came late
+            claimed = self.claimed(lease_id)
+            if claimed is None:
+                raise ValueError(f"the lease {lease_id} was used before") from error
+            return claimed
+
+    def claimed(self, lease_id: str) -> Assignment | None:
+        """What this lease holds: asked when the reply to a claim was lost."""
+        return self._database.read(lambda connection: claiming.assignment_of(connection, lease_id, self.lease_ms))
+
+    def start(self, lease_id: str) -> bool:
+        """The work begins. False: the lease is lost. Saying it twice changes nothing."""
+
+        def work(connection: Connection) -> bool:
+            plan = lock_by_lease(connection, lease_id)
+            if plan is None:
+                return False
+            move(connection, plan, Event.START, kind="start", condition=None, **_first_start(plan))
+            return True
+
+        return self._database.write(work)
+
+    # --- handing results in
+
+    def record(self, lease_id: str, results: Sequence[RowResult], report: AttemptReport | None = None) -> Recorded | LeaseLost:
+        """Write results; rows that have one already are skipped. The last one ends the plan as succeeded.
+
+        The attempt's first report says how it really ran, later ones bring newer measurements. Raises ValueError for a row that
+        is not the plan's.
+        """
+
+        def work(connection: Connection) -> Recorded | LeaseLost:
+            plan = lock_by_lease(connection, lease_id)
+            if plan is None:
+                is_done = _ended_attempt(connection, lease_id, "record") is not None
+                return Recorded(inserted=0, is_finished=True) if is_done else LeaseLost()
+            inserted, failed = write_results(connection, plan, results)
+            values = _progress(plan, inserted, failed) | self._report(connection, plan, report, is_shown=inserted > 0)
+            is_finished = plan.rows_done + inserted == plan.row_count
+            event, kind = (Event.FINISH, "finish") if is_finished else (Event.RECORD, "record")
+            move(connection, plan, event, kind=kind, condition=None, **_first_start(plan), **values)
+            if is_finished:
+                end_attempt(connection, plan, outcome=ExecutionState.SUCCEEDED.value, ended_by="record")
+            return Recorded(inserted=inserted, is_finished=is_finished)
+
+        return self._database.write(work)
+
+    def _report(self, connection: Connection, plan: Row[Any], report: AttemptReport | None, *, is_shown: bool) -> dict[str, Any]:
+        """Keep an attempt's report; returns the plan's columns when this is the first of an attempt that recorded a row."""
+        if report is None:
+            return {}
+        current = (attempts.c.plan_id == plan.id) & (attempts.c.number == plan.attempt)
+        query = select(attempts.c.runtime_plan, attempts.c.measured).where(current)
+        stored = connection.execute(query).one()
+        values: dict[str, Any] = {"measured": {**(stored.measured or {}), **report.measured}}
+        is_first = stored.runtime_plan is None
+        if is_first:
+            values |= {"runtime_plan": to_json(report.runtime_plan), "placement": dict(report.placement)}
+        connection.execute(update(attempts).where(current).values(**values))
+        if not (is_first and is_shown):
+            return {}
+        state = report.runtime_plan.specialization_state.value
+        if state != plan.specialization_state:
+            append_event(
+                connection,
+                plan,
+                state,
+                from_state=plan.specialization_state,
+                to_state=state,
+                reason=report.runtime_plan.fallback_reason or report.runtime_plan.reason,
+                worker_id=plan.worker_id,
+                worker_node=plan.worker_node,
+            )
+        return {"finalized": to_json(report.runtime_plan), **shown_columns(report.runtime_plan)}
+
+    # --- handing the plan back
+
+    def fail(self, lease_id: str, failure: Failure, report: AttemptReport | None = None) -> Released | LeaseLost:
+        """The attempt failed: tried again later and elsewhere, or given up; cancelled if its user asked for that."""
+
+        def work(connection: Connection, plan: Row[Any]) -> str:
+            self._report(connection, plan, report, is_shown=False)
+            failures, reason = plan.failures + 1, f"{failure.code}: {failure.message}"
+            if plan.cancel_requested:
+                return _end_cancelled(connection, plan, "fail")
+            decision = decide(failure, failures, self._draw)
+            if isinstance(decision, GiveUp):
+                return end_early(connection, plan, Event.GIVE_UP, kind="fail", message=reason, failures=failures)
+            due = now_ms() + decision.after_ms
+            _exclude(connection, plan, decision.after_ms + EXCLUDED_AFTER_FAILURE_MS, is_decline=False, reason=reason)
+            end_attempt(connection, plan, outcome="failed", ended_by="fail")
+            return move(connection, plan, Event.REQUEUE, kind="fail", reason=reason, failures=failures, available_ms=due)
+
+        return self._hand_back(lease_id, "fail", work)
+
+    def crash(self, lease_id: str, rows_in_flight: Sequence[int], reason: str) -> Released | LeaseLost:
+        """The runner died while it worked on these rows; queued again at once, wiser.
+
+        Several rows: the plan keeps half as many as its micro-batch limit. One row: the plan remembers it, and the second time
+        the row gets the error `runner_crashed`. No rows: it died for another reason, which is a failure.
+        """
+        if not rows_in_flight:
+            return self.fail(lease_id, Failure(code=RUNNER_CRASHED, message=reason))
+
+        def work(connection: Connection, plan: Row[Any]) -> str:
+            values: dict[str, Any] = {}
+            lone = rows_in_flight[0]
+            if len(rows_in_flight) > 1:
+                most = min(len(rows_in_flight), plan.micro_batch_limit or len(rows_in_flight))
+                values["micro_batch_limit"] = max(1, most // 2)
+            elif lone not in plan.lone_crashes:
+                values["lone_crashes"] = [*plan.lone_crashes, lone]
+            else:
+                error = RowError(code=RUNNER_CRASHED, message=f"The runner crashed twice on this row alone: {reason}")
+                inserted, failed = write_results(connection, plan, [RowResult(row=lone, error=error)])
+                values = _progress(plan, inserted, failed)
+            if values.get("rows_done") == plan.row_count:
+                end_attempt(connection, plan, outcome=ExecutionState.SUCCEEDED.value, ended_by="crash")
+                return move(connection, plan, Event.FINISH, kind="finish", reason=reason, **values)
+            if plan.cancel_requested:
+                _store(connection, plan, values)
+                changed = lock_by_lease(connection, lease_id)
+                assert changed is not None, "this transaction holds the plan's lock"
+                return _end_cancelled(connection, changed, "crash")
+            end_attempt(connection, plan, outcome="crashed", ended_by="crash")
+            return move(connection, plan, Event.REQUEUE, kind="crash", reason=reason, available_ms=now_ms(), **values)
+
+        return self._hand_back(lease_id, "crash", work)
+
+    def release(self, lease_id: str, *, reason: str, decline_ms: int | None = None) -> Released | LeaseLost:
+        """Hand the plan back unharmed: nothing is burned. With `decline_ms` its node does not get it again for that long."""
+        kind = "release" if decline_ms is None else "decline"
+
+        def work(connection: Connection, plan: Row[Any]) -> str:
+            if plan.cancel_requested:
+                return _end_cancelled(connection, plan, kind)
+            declines = plan.declines
+            if decline_ms is not None:
+                declines += 1
+                _exclude(connection, plan, decline_ms, is_decline=True, reason=reason)
+            end_attempt(connection, plan, outcome="released" if decline_ms is None else "declined", ended_by=kind)
+            return move(connection, plan, Event.REQUEUE, kind=kind, reason=reason, declines=declines, available_ms=now_ms())
+
+        return self._hand_back(lease_id, kind, work)
+
+    def _hand_back(self, lease_id: str, verb: str, work: Callable[[Connection, Row[Any]], str]) -> Released | LeaseLost:
+        def guarded(connection: Connection) -> Released | LeaseLost:
+            plan = lock_by_lease(connection, lease_id)
+            if plan is not None:
+                return Released(state=work(connection, plan))
+            state = _ended_attempt(connection, lease_id, verb)
+            return LeaseLost() if state is None else Released(state=state)
+
+        return self._database.write(guarded)
+
+    # --- what the coordinators do about leases
+
+    def reap(self, limit: int = 100) -> int:
+        """Requeue (or end) the plans whose leases ran out, and count out workers that fell silent; how many plans."""
+        return reaping.reap(self._database, lease_ms=self.lease_ms, limit=limit)
+
+    def expire(self, limit: int = 100) -> int:
+        """End the plans whose deadline has passed; how many."""
+        return reaping.expire(self._database, limit=limit)
+
+    def hold_off_reaping(self) -> bool:
+        """After an outage: let one full lease pass before anything is reaped, so that workers can renew first.
+
+        Shared by all coordinators. Granted at most once in a minute (or two leases, if that is longer); says whether it was.
+        """
+        return reaping.hold_off(self._database, lease_ms=self.lease_ms)
+
+
+def _first_start(plan: Row[Any]) -> dict[str, Any]:
+    return {"started_ms": now_ms()} if plan.started_ms is None else {}
+
+
+def _progress(plan: Row[Any], inserted: int, failed: int) -> dict[str, Any]:
+    """The plan's columns after new rows; only a new row makes its failures and losses forgotten."""
+    if not inserted:
+        return {}
+    done = {"rows_done": plan.rows_done + inserted, "rows_failed": plan.rows_failed + failed}
+    return done | {"failures": 0, "losses": 0}
+
+
+def _store(connection: Connection, plan: Row[Any], values: dict[str, Any]) -> None:
+    if values:
+        connection.execute(update(runtime_plans).where(runtime_plans.c.id == plan.id).values(**values))
+
+
+def _end_cancelled(connection: Connection, plan: Row[Any], verb: str) -> str:
+    return end_early(connection, plan, Event.CANCEL, kind=verb, message="The job was cancelled.")
+
+
+def _exclude(connection: Connection, plan: Row[Any], for_ms: int, *, is_decline: bool, reason: str) -> None:
+    here = (exclusions.c.plan_id == plan.id) & (exclusions.c.node == plan.worker_node)
+    connection.execute(delete(exclusions).where(here))
+    values = {"plan_id": plan.id, "node": plan.worker_node, "is_decline": is_decline, "reason": reason}
+    connection.execute(insert(exclusions).values(until_ms=now_ms() + for_ms, **values))
+
+
+def _ended_attempt(connection: Connection, lease_id: str, verb: str) -> str | None:
+    """The plan's state, if this verb has ended the lease already: its first reply was lost."""
+    query = (
+        select(runtime_plans.c.state)
+        .join_from(attempts, runtime_plans, runtime_plans.c.id == attempts.c.plan_id)
+        .where(attempts.c.lease_id == lease_id, attempts.c.ended_by == verb)
+    )
+    return connection.execute(query).scalar_one_or_none()
