@@ -1,0 +1,1 @@
+"""Which URL leads to which use case? One module per noun."""

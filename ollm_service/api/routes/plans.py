@@ -1,0 +1,69 @@
+"""How are plans previewed and explained over HTTP?"""
+
+from fastapi import APIRouter
+
+from ollm_service.api.openapi import body_of, failures
+from ollm_service.api.requests import PreviewRequest, parse_body
+from ollm_service.api.routes.access import RawBody, ServiceHere
+from ollm_service.api.shapes import (
+    PlanDetailBody,
+    PreviewBody,
+    RowProblem,
+    RowsPreview,
+    plan_detail_body,
+    verdict_body,
+)
+from ollm_service.coordinator.fleet import verdicts
+from ollm_service.coordinator.preview import Preview, preview
+from ollm_service.coordinator.service import DEFAULT_TENANT
+from ollm_service.core.wire import to_json
+
+router = APIRouter(prefix="/v1/plans", tags=["plans"])
+
+
+@router.post(
+    "/preview",
+    operation_id="previewPlan",
+    summary="See what would run where, and why",
+    openapi_extra=body_of(PreviewRequest),
+    responses=failures(400, 401, 404, 413, 422, 503),
+)
+def preview_plan(service: ServiceHere, raw: RawBody) -> PreviewBody:
+    """The plan of a model reference and options, and what each worker says to it. Nothing is stored."""
+    body, _ = parse_body(PreviewRequest, raw)
+    found = preview(service, body.model, body.runtime or {}, body.generation or {}, body.where, body.rows)
+    return _body(found, body.model)
+
+
+@router.get("/{plan_id}", operation_id="getPlan", summary="Show and explain a plan", responses=failures(401, 404, 503))
+def get_plan(service: ServiceHere, plan_id: str) -> PlanDetailBody:
+    """A plan with its history and attempts; while it is not final, also whether each worker could take it."""
+    detail = service.store.jobs.plan(plan_id, DEFAULT_TENANT)
+    found = () if detail.plan.state.is_final else verdicts(detail.plan.requirements, service.fleet.fresh().workers)
+    return plan_detail_body(detail, found)
+
+
+def _body(found: Preview, model: str) -> PreviewBody:
+    drafted, rows = found.draft, found.rows
+    plan = drafted.planned.plan
+    return PreviewBody(
+        model=model,
+        executable=plan.is_executable(),
+        runtime_plan=plan.as_dict(),
+        resolved_model=to_json(plan.resolved_model),
+        requirements=drafted.requirements.as_dict() if drafted.requirements else None,
+        class_id=drafted.class_id,
+        condition=drafted.condition,
+        workers=[verdict_body(verdict) for verdict in found.verdicts],
+        rows=None
+        if rows is None
+        else RowsPreview(
+            row_count=len(rows),
+            plans_total=found.plans_total,
+            invalid=[
+                RowProblem(row=row.row, custom_id=row.custom_id, code=row.error.code, message=row.error.message)
+                for row in rows
+                if row.error is not None
+            ],
+        ),
+    )

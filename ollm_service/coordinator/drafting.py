@@ -1,0 +1,96 @@
+"""How would a job run on the fleet as it stands? The plan, what it needs and who could take it; nothing is stored."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ollm_service.coordinator.fleet import Snapshot, absence, capable
+from ollm_service.core.catalog import CATALOG
+from ollm_service.core.errors import ModelNotFound, PlanNotExecutable
+from ollm_service.core.labels import parse_expression
+from ollm_service.core.options import RuntimeConfig
+from ollm_service.core.planning import Planned, plan
+from ollm_service.core.profile import ModelProfile
+from ollm_service.core.reference import parse_reference
+from ollm_service.core.requirements import Requirements, class_id, requirements_of
+from ollm_service.store.views import WorkerView
+
+MOST_MODELS_NAMED = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A plan and what follows from it on this fleet. `requirements` is None for a plan that is not executable."""
+
+    planned: Planned
+    config: RuntimeConfig
+    requirements: Requirements | None
+    fleet: Snapshot
+
+    @property
+    def class_id(self) -> str | None:
+        """The class of the plan, where it has requirements."""
+        return class_id(self.requirements) if self.requirements else None
+
+    @property
+    def capable_workers(self) -> tuple[WorkerView, ...]:
+        """The workers that could take it."""
+        return capable(self.requirements, self.fleet.workers) if self.requirements else ()
+
+    @property
+    def condition(self) -> str | None:
+        """Why nobody can take it, None where somebody can."""
+        return absence(self.requirements) if self.requirements and not self.capable_workers else None
+
+    def demand_executable(self) -> Requirements:
+        """What the plan needs. Raises PlanNotExecutable with the plan's reason."""
+        if self.requirements is None:
+            raise PlanNotExecutable(
+                self.planned.plan.reason, param="model", remedy="Change the runtime options, or name another model."
+            )
+        return self.requirements
+
+
+def draft(fleet: Snapshot, model: str, config: RuntimeConfig, where: str | None) -> Draft:
+    """Plan a model reference against the fleet.
+
+    Raises InvalidReference, InvalidExpression, InvalidOption, ModelNotFound, and PlanNotExecutable where every folder of that
+    name was refused as unsafe.
+    """
+    if where is not None:
+        parse_expression(where)
+    try:
+        planned = plan(model, fleet.models, config)
+    except ModelNotFound as unknown:
+        _raise_if_unsafe(model, fleet.workers)
+        raise ModelNotFound(unknown.message, param=unknown.param, remedy=_known_models(fleet)) from unknown
+    is_executable = planned.plan.is_executable()
+    requirements = requirements_of(planned.plan, planned.profile, config, where=where) if is_executable else None
+    return Draft(planned=planned, config=config, requirements=requirements, fleet=fleet)
+
+
+def _known_models(fleet: Snapshot) -> str:
+    nodes = {worker.worker_id: worker.node for worker in fleet.workers}
+    held: dict[str, set[str]] = {}
+    for model in fleet.models:
+        held.setdefault(model.profile.name, set()).update(nodes[worker] for worker in model.workers if worker in nodes)
+    on_fleet = [f"{name} (on {', '.join(sorted(held[name]))})" for name in sorted(held)]
+    shown = [*on_fleet[:MOST_MODELS_NAMED], "…"] if len(on_fleet) > MOST_MODELS_NAMED else on_fleet or ["none"]
+    return f"On the fleet: {', '.join(shown)}. Aliases: {', '.join(CATALOG)}. Or name a hub id, org/name."
+
+
+def _raise_if_unsafe(model: str, workers: Iterable[WorkerView]) -> None:
+    """A folder that somebody has and refuses deserves its reason, not `unknown`."""
+    parsed = parse_reference(model)
+    names = {parsed.directory_name, (parsed.local_path or parsed.identifier).removeprefix("./")}
+    refusals = sorted({f"{worker.node}: {held.unsafe_because}" for worker in workers for held in _refused(worker, names)})
+    if refusals:
+        raise PlanNotExecutable(
+            f"`{parsed.raw}` is refused by every worker that has it ({'; '.join(refusals)}).",
+            param="model",
+            remedy="Put a complete folder with safetensors weights in its place; pickled weights are never loaded.",
+        )
+
+
+def _refused(worker: WorkerView, names: set[str]) -> list[ModelProfile]:
+    models = worker.capabilities.models
+    return [held for held in models if not held.is_usable and (held.name in names or held.path.as_posix() in names)]

@@ -1,0 +1,21 @@
+"""Why do queued plans wait, and who should be told that there is work?"""
+
+from collections.abc import Iterable, Sequence
+
+from ollm_service.coordinator.fleet import Snapshot, absence, capable
+from ollm_service.coordinator.service import Service
+from ollm_service.store.views import ClassBacklog, WorkerView
+
+
+def tend_backlog(service: Service, fleet: Snapshot, backlog: Sequence[ClassBacklog]) -> None:
+    """For every class with queued plans, store why they wait and hint to who is idle. Raises DatabaseUnavailable."""
+    for waiting in backlog:
+        able = capable(waiting.requirements, fleet.workers)
+        nodes = {worker.node for worker in able}
+        service.store.jobs.refresh_conditions(waiting.class_id, nodes, absent=absence(waiting.requirements))
+        service.hints.send(waiting.class_id, min(idle_slots(able), waiting.available))
+
+
+def idle_slots(workers: Iterable[WorkerView]) -> int:
+    """How many plans these workers could begin at once: as many hints are worth sending."""
+    return sum(max(0, worker.capabilities.slots - worker.running) for worker in workers)
