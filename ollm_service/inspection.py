@@ -29,7 +29,7 @@ from ollm_service.core.checkpoint import (
     profile_of,
     shard_names,
 )
-from ollm_service.core.errors import MisconfiguredService
+from ollm_service.core.errors import MisconfiguredService, printable
 from ollm_service.core.profile import ModelProfile
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -157,14 +157,14 @@ def _folders(root: Path) -> Iterator[_Folder]:
         if entry.name.startswith("models--") and not entry.is_symlink():
             yield from _snapshots(place)
             continue
-        name = _printable(entry.name)
+        name = printable(entry.name)
         homes = (real,) if real_root in real.parents else ()
         yield _Folder(name=name, path=PurePosixPath(name), real=real, homes=homes)
 
 
 def _snapshots(repo: Path) -> Iterator[_Folder]:
     """The snapshots of one repository in the hub cache; the one that `main` names, or the only one, bears its plain name."""
-    repo_id = _printable(repo.name.removeprefix("models--")).replace("--", "/", 1)
+    repo_id = printable(repo.name.removeprefix("models--")).replace("--", "/", 1)
     refs = dict(_refs(repo / "refs"))
     try:
         found = sorted(entry.name for entry in os.scandir(repo / "snapshots") if entry.is_dir(follow_symlinks=False))
@@ -172,12 +172,12 @@ def _snapshots(repo: Path) -> Iterator[_Folder]:
         found = []
     main = refs.get("main") or (found[0] if len(found) == 1 else None)
     for revision in found:
-        shown = _printable(revision)
+        shown = printable(revision)
         name = repo_id.replace("/", "--") + ("" if revision == main else f"--{shown}")
         real = repo / "snapshots" / revision
         yield _Folder(
             name=name,
-            path=PurePosixPath(_printable(repo.name), "snapshots", shown),
+            path=PurePosixPath(printable(repo.name), "snapshots", shown),
             real=real,
             homes=(real, repo / "blobs"),
             repo_id=repo_id,
@@ -196,7 +196,7 @@ def _refs(folder: Path) -> Iterator[tuple[str, str]]:
                 return
             place = Path(parent, name)
             with contextlib.suppress(OSError, BrokenCheckpoint, UnicodeDecodeError):
-                yield _printable(place.relative_to(folder).as_posix()), _read(place, 256).decode().strip()
+                yield printable(place.relative_to(folder).as_posix()), _read(place, 256).decode().strip()
 
 
 def _inspect(folder: _Folder, digests: DigestCache, is_stopped: Callable[[], bool]) -> ModelProfile:
@@ -258,14 +258,12 @@ def _safe_files(folder: _Folder) -> dict[str, Path]:
                 waiting.append(Path(entry.path))
                 continue
             if Path(name.lower()).suffix in PICKLE_SUFFIXES:
-                raise BrokenCheckpoint(
-                    f"{_printable(name)} may hold a pickle, which runs code when it is loaded; use safetensors"
-                )
+                raise BrokenCheckpoint(f"{printable(name)} may hold a pickle, which runs code when it is loaded; use safetensors")
             target = Path(os.path.realpath(entry.path))
             if entry.is_symlink() and not any(home in target.parents for home in folder.homes):
-                raise BrokenCheckpoint(f"{_printable(name)} is a link that leaves the model's folder")
+                raise BrokenCheckpoint(f"{printable(name)} is a link that leaves the model's folder")
             if not stat.S_ISREG(os.lstat(target).st_mode):
-                raise BrokenCheckpoint(f"{_printable(name)} is not a plain file")
+                raise BrokenCheckpoint(f"{printable(name)} is not a plain file")
             found[name] = target
     return found
 
@@ -281,9 +279,9 @@ def _weight_files(files: Mapping[str, Path], headers: Mapping[str, tuple[Tensor,
     held = {name: {tensor.name for tensor in tensors} for name, tensors in headers.items()}
     for tensor, shard in shards.items():
         if shard not in held:
-            raise BrokenCheckpoint(f"the shard {_printable(shard)} is missing")
+            raise BrokenCheckpoint(f"the shard {printable(shard)} is missing")
         if tensor not in held[shard]:
-            raise BrokenCheckpoint(f"the shard {_printable(shard)} lacks the tensor {tensor[:80]!r}")
+            raise BrokenCheckpoint(f"the shard {printable(shard)} lacks the tensor {tensor[:80]!r}")
     return tuple(sorted(set(shards.values())))
 
 
@@ -292,7 +290,7 @@ def _headers(files: Mapping[str, Path]) -> dict[str, tuple[Tensor, ...]]:
     headers: dict[str, tuple[Tensor, ...]] = {}
     left = _LONGEST_HEADERS
     for name in sorted(name for name in files if name.endswith(".safetensors")):
-        shown = _printable(name)
+        shown = printable(name)
         with _plain_file(files[name]) as file:
             file_bytes = os.fstat(file.fileno()).st_size
             length = header_length(file.read(LENGTH_BYTES), file_bytes, shown)
@@ -314,11 +312,11 @@ def _digest(files: Mapping[str, Path], weights: tuple[str, ...], digests: Digest
 def _plain_file(path: Path) -> Iterator[BinaryIO]:
     """The file, opened without waiting on a pipe or a device. Raises BrokenCheckpoint where it is not a plain one."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise BrokenCheckpoint(f"{_printable(path.name)} is not a plain file")
+        raise BrokenCheckpoint(f"{printable(path.name)} is not a plain file")
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise BrokenCheckpoint(f"{_printable(path.name)} is not a plain file")
+            raise BrokenCheckpoint(f"{printable(path.name)} is not a plain file")
         yield file
 
 
@@ -326,7 +324,7 @@ def _read(path: Path, most: int) -> bytes:
     with _plain_file(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise BrokenCheckpoint(f"{_printable(path.name)} is larger than {most:,} bytes")
+        raise BrokenCheckpoint(f"{printable(path.name)} is larger than {most:,} bytes")
     return content
 
 
@@ -343,9 +341,4 @@ def _is_current(key: str) -> bool:
 
 
 def _shown_name(error: OSError) -> str:
-    return _printable(Path(os.fsdecode(error.filename)).name) if isinstance(error.filename, str | bytes) else "a file"
-
-
-def _printable(name: str) -> str:
-    """The name with everything that a terminal or a database could choke on written as an escape."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in name)
+    return printable(Path(os.fsdecode(error.filename)).name) if isinstance(error.filename, str | bytes) else "a file"

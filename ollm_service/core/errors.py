@@ -6,6 +6,22 @@ Expected outcomes of matching, placement and attempts are not errors: they are r
 
 from collections.abc import Iterable
 
+_LONGEST_ECHO = 80
+
+
+def printable(text: str) -> str:
+    """The text with everything that a terminal or a database could choke on written as an escape."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+def shown(value: object) -> str:
+    """A hostile value as a message may repeat it: short and printable."""
+    if not isinstance(value, str | float | None):
+        short = isinstance(value, int) and abs(value) < 10**15
+        return str(value) if short else f"a {type(value).__name__}"
+    text = printable(str(value))
+    return text if len(text) <= _LONGEST_ECHO else f"{text[:_LONGEST_ECHO]}…"
+
 
 class OllmError(Exception):
     """Something went wrong in ollm_service; see the code."""

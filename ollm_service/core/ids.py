@@ -1,5 +1,6 @@
 """What is an id? A prefix that says what it names and a UUIDv7 (RFC 9562), so that ids sort by the time they were made."""
 
+
 def new_id(prefix: str, *, now_ms: int, random_bytes: bytes) -> str:
     """`prefix_` and 32 hex digits, from the epoch in milliseconds and 10 random bytes. Raises ValueError for other lengths."""
     if len(random_bytes) != 10:

@@ -1,12 +1,13 @@
 """What may a user choose about how a model runs and how it generates, and which choices are wrong?"""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import NoneType
 from typing import Any, Self, get_args
 
-from ollm_service.core.errors import InvalidOption
+from ollm_service.core.errors import InvalidOption, shown
 from ollm_service.core.plan import BackendId
 
 
@@ -24,7 +25,11 @@ SELECTOR_PROFILES = ("balanced", "latency", "capacity", "bounded-window")
 KV_LIFECYCLES = ("runtime-scoped", "persistent")
 KV_ADAPTATION_MODES = ("disabled", "observe-only", "automatic")
 CPU_OFFLOAD_POLICIES = ("auto", "prefix", "suffix", "middle-band")
+DEVICES = ("cpu", "cuda", "cuda:N", "mps")
 MOST_STOP_STRINGS = 4
+# Beyond any real count, and within what databases and tensors index with.
+LARGEST_COUNT = 2**31 - 1
+_DEVICE = re.compile(r"cpu|mps|cuda(:\d{1,3})?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +58,8 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        if self.device is not None and not _DEVICE.fullmatch(self.device):
+            raise InvalidOption("device", f"`{shown(self.device)}` is not known", allowed=DEVICES)
         _one_of("backend", self.backend, tuple(BackendId))
         if self.kv_cache_strategy in WITHDRAWN_KV_STRATEGIES:
             raise InvalidOption("kv_cache_strategy", f"`{self.kv_cache_strategy}` is not offered; use `paged`")
@@ -72,6 +79,8 @@ class RuntimeConfig:
             raise InvalidOption("use_specialization", "false contradicts backend `optimized-native`")
         if self.kv_cache_lifecycle == "persistent" and self.kv_cache_strategy == KVCacheStrategy.RESIDENT:
             raise InvalidOption("kv_cache_lifecycle", "`persistent` contradicts kv_cache_strategy `resident`")
+        if not self.use_cache and self.demanded_kv_strategy not in (None, KVCacheStrategy.RESIDENT):
+            raise InvalidOption("use_cache", f"false contradicts KV cache strategy `{self.demanded_kv_strategy}`")
         windowed = (None, KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER)
         if self.kv_cache_window_tokens is not None and self.kv_cache_strategy not in windowed:
             raise InvalidOption("kv_cache_window_tokens", "needs kv_cache_strategy `sliding-window-ring-buffer`")
@@ -79,6 +88,14 @@ class RuntimeConfig:
             raise InvalidOption("offload_gpu_layers", "cannot be combined with offload_cpu_layers")
         if self.offload_cpu_layers and self.device == "cpu":
             raise InvalidOption("offload_cpu_layers", "has no meaning on device `cpu`")
+
+    @property
+    def demanded_kv_strategy(self) -> KVCacheStrategy | None:
+        """The strategy that was asked for, by name or by bounding the window; None leaves the choice to placement."""
+        if self.kv_cache_strategy is not None:
+            return KVCacheStrategy(self.kv_cache_strategy)
+        is_bounded = self.strategy_selector_profile == "bounded-window" or self.kv_cache_window_tokens is not None
+        return KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER if is_bounded else None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -104,8 +121,8 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         given: Any = self.stop  # from a request, it may be one string or anything else
         stop = (given,) if isinstance(given, str) else given
-        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
-            raise InvalidOption("stop", "must be up to 4 non-empty strings")
+        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text and _is_unicode(text) for text in stop):
+            raise InvalidOption("stop", f"must be up to {MOST_STOP_STRINGS} non-empty strings")
         if len(stop) > MOST_STOP_STRINGS:
             raise InvalidOption("stop", f"has {len(stop)} strings, at most {MOST_STOP_STRINGS} are allowed")
         object.__setattr__(self, "stop", tuple(stop))
@@ -145,7 +162,7 @@ def _known(cls: type, data: Mapping[str, Any], param: str) -> dict[str, Any]:
     names = [item.name for item in fields(cls)]
     for name in data:
         if name not in names:
-            raise InvalidOption(f"{param}.{name}", "is not an option", allowed=names)
+            raise InvalidOption(f"{param}.{shown(name)}", "is not an option", allowed=names)
     return {name: value for name, value in data.items() if value is not None}
 
 
@@ -164,16 +181,21 @@ def _check_types(config: Any, *, but: Collection[str] = ()) -> None:
         wanted = next(kind for kind in allowed if kind is not NoneType)
         accepted = (int, float) if wanted is float else (wanted,)
         if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
-            raise InvalidOption(item.name, f"must be {_WORDS[wanted]}, not {value!r}")
+            raise InvalidOption(item.name, f"must be {_WORDS[wanted]}, not {shown(value)}")
         if isinstance(value, str) and not value.strip():
             raise InvalidOption(item.name, "must not be blank")
 
 
 def _one_of(param: str, value: str | None, allowed: Collection[str]) -> None:
     if value is not None and value not in tuple(allowed):
-        raise InvalidOption(param, f"`{value}` is not known", allowed=[str(item) for item in allowed])
+        raise InvalidOption(param, f"`{shown(value)}` is not known", allowed=[str(item) for item in allowed])
 
 
 def _at_least(param: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise InvalidOption(param, f"must be at least {least}, not {value}")
+    if value is not None and not least <= value <= LARGEST_COUNT:
+        raise InvalidOption(param, f"must be between {least} and {LARGEST_COUNT:,}")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether no lone surrogate is in it: JSON can carry one, a tokenizer cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -2,14 +2,15 @@
 
 alias           llama3-1B-chat
 hub id          org/name, org/name@revision, hf:org/name@revision
-local path      path:folder/name, ./folder, /abs/folder (must resolve inside a worker's models root)
+local path      path:folder/name, ./folder: relative to every worker's models root; host paths are refused, since hosts differ
 anything else   opaque: a directory name under the models root, if some worker advertises it
 """
 
 import re
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
-from ollm_service.core.errors import InvalidReference
+from ollm_service.core.errors import InvalidReference, shown
 
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _SHORT_SCHEME = re.compile(r"(?i)(hf|path):(.*)", re.DOTALL)
@@ -20,7 +21,7 @@ _LONGEST = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelReference:
-    """A parsed reference. `local_path` is set for paths alone and is still unresolved text."""
+    """A parsed reference. `local_path` is set for paths alone: relative to a models root, and inside it."""
 
     raw: str
     scheme: str | None
@@ -45,22 +46,23 @@ class ModelReference:
 def parse_reference(text: str) -> ModelReference:
     """Parse what a user wrote.
 
-    Raises InvalidReference for an empty, overlong or control-character reference, an empty scheme, identifier or revision,
-    and a hub id outside the hub's grammar.
+    Raises InvalidReference for an empty, overlong or unprintable reference, an empty scheme, identifier or revision, a path
+    that does not stay inside the models root, and a hub id outside the hub's grammar.
     """
     raw = text.strip()
     if not raw:
         raise InvalidReference("The model reference is empty.", param="model", remedy="Name an alias, a hub id or a path.")
-    if len(raw) > _LONGEST or any(ord(character) < 32 or ord(character) == 127 for character in raw):
-        raise InvalidReference("The model reference is too long or has control characters.", param="model")
+    if len(raw) > _LONGEST or not raw.isprintable():
+        raise InvalidReference(f"The model reference is over {_LONGEST} characters or has unprintable ones.", param="model")
     scheme, rest = _split_scheme(raw)
     if scheme == "path" or (scheme is None and _looks_like_path(rest)):
-        if not rest:
-            raise InvalidReference(f"`{raw}` names no path.", param="model")
-        return ModelReference(raw=raw, scheme=scheme, identifier=rest, local_path=rest)
+        path = _inner_path(raw, rest)
+        return ModelReference(raw=raw, scheme=scheme, identifier=path, local_path=path)
     identifier, at, revision = rest.partition("@")
     if not identifier or (at and not revision):
-        raise InvalidReference(f"`{raw}` has an empty name or revision.", param="model", remedy="Write name or name@revision.")
+        raise InvalidReference(
+            f"`{shown(raw)}` has an empty name or revision.", param="model", remedy="Write name or name@revision."
+        )
     reference = ModelReference(raw=raw, scheme=scheme, identifier=identifier, revision=revision or None)
     if reference.is_hub_id:
         _check_hub_id(reference)
@@ -71,10 +73,24 @@ def _split_scheme(raw: str) -> tuple[str | None, str]:
     if "://" in raw:
         scheme, _, rest = raw.partition("://")
         if not scheme:
-            raise InvalidReference(f"`{raw}` has an empty scheme.", param="model")
+            raise InvalidReference(f"`{shown(raw)}` has an empty scheme.", param="model")
         return scheme.lower(), rest
     short = None if _DRIVE.match(raw) else _SHORT_SCHEME.fullmatch(raw)
     return (short[1].lower(), short[2]) if short else (None, raw)
+
+
+def _inner_path(raw: str, text: str) -> str:
+    """The path in its shortest form. Raises InvalidReference unless it leads to something inside a models root."""
+    path = PurePosixPath(text)
+    if not path.parts:
+        raise InvalidReference(f"`{shown(raw)}` names no folder of the models root.", param="model", remedy="Write path:folder.")
+    if path.is_absolute() or text.startswith("~") or ".." in path.parts or "\\" in text or _DRIVE.match(text):
+        raise InvalidReference(
+            f"`{shown(raw)}` is not a path inside the models root.",
+            param="model",
+            remedy="A path is relative to OLLM_MODELS_DIR, which each worker has for itself: write path:folder or ./folder.",
+        )
+    return str(path)
 
 
 def _looks_like_path(text: str) -> bool:
@@ -89,7 +105,7 @@ def _check_hub_id(reference: ModelReference) -> None:
         good = good and _REVISION.fullmatch(reference.revision) is not None and ".." not in reference.revision
     if not good:
         raise InvalidReference(
-            f"`{reference.raw}` is not a repository id.",
+            f"`{shown(reference.raw)}` is not a repository id.",
             param="model",
             remedy="Write org/name or org/name@revision, with letters, digits, dots, dashes and underscores.",
         )
