@@ -35,7 +35,14 @@ def finalize(plan: RuntimePlan, outcomes: Mapping[PassId, PassOutcome], details:
         specialization_applied=True,
         specialization_state=SpecializationState.APPLIED,
         applied_specialization_pass_ids=applied,
-        details={**plan.details, **details, **_outcome_details(outcomes), "applied_pass_count": str(len(applied))},
+        details={
+            **plan.details,
+            **details,
+            **_outcome_details(outcomes),
+            "applied_specialization_pass_ids": ",".join(applied),
+            "planned_pass_count": str(len(plan.specialization_pass_ids)),
+            "applied_pass_count": str(len(applied)),
+        },
     )
 
 
@@ -50,10 +57,12 @@ def fall_back(
 ) -> RuntimePlan | CannotFallBack:
     """The same model on the generic backend, keeping what was planned and why it could not be had.
 
-    Only a native plan that nobody insisted on may fall back: no explicit backend, a known kind, no offload, and nothing demanded
-    that the generic backend lacks.
+    Only a native plan that nobody insisted on, and that has not been applied, may fall back: no explicit backend, a known kind,
+    no offload, and nothing demanded that the generic backend lacks.
     """
     demanded = tuple(demanded)
+    if plan.specialization_state is not SpecializationState.PLANNED:
+        return CannotFallBack(reason=f"the plan's passes are {plan.specialization_state}")
     if plan.backend_id != BackendId.OPTIMIZED_NATIVE:
         return CannotFallBack(reason="only the optimized-native backend falls back")
     if config.backend is not None:

@@ -35,10 +35,12 @@ class _Facts:
 
 
 def select_kv_strategy(plan: RuntimePlan, config: RuntimeConfig, capabilities: Capabilities, device: Device) -> KVChoice:
-    """Choose where the KV cache lives. A strategy that a preference chose but this worker lacks becomes the nearest it has."""
+    """Choose where the KV cache lives. A strategy that was asked for stays; a preferred one that this worker lacks becomes the
+    nearest that it has."""
     facts = _facts(plan, capabilities, device)
     strategy, rule_id, reason = _first_rule(plan, config, capabilities, facts)
-    if rule_id != "explicit-override" and capabilities.kv_strategies.get(strategy, "not known") is not None:
+    is_preference = config.demanded_kv_strategy is None and strategy is not KVCacheStrategy.RESIDENT
+    if is_preference and capabilities.kv_strategies.get(strategy, "not known") is not None:
         offered = capabilities.kv_strategies.get(KVCacheStrategy.PAGED, "not known") is None
         nearest = KVCacheStrategy.PAGED if offered else KVCacheStrategy.RESIDENT
         strategy, reason = nearest, f"{reason}; this worker lacks `{strategy}`, so `{nearest}`"

@@ -66,6 +66,12 @@ def devices_for(requirements: Requirements, capabilities: Capabilities) -> tuple
     return tuple(sorted(allowed, key=lambda device: (device.kind == "cpu", -device.memory_bytes)))
 
 
+def able_devices(requirements: Requirements, capabilities: Capabilities) -> tuple[Device, ...]:
+    """Those of them that compute in the plan's dtype; a device that names no dtypes computes in any."""
+    allowed = devices_for(requirements, capabilities)
+    return tuple(device for device in allowed if requirements.dtype in (None, *device.dtypes) or not device.dtypes)
+
+
 def _shortfalls(requirements: Requirements, capabilities: Capabilities) -> Iterator[str]:
     lacking = capabilities.backends.get(requirements.backend_id, "not known to this worker")
     if lacking is not None:
@@ -89,8 +95,8 @@ def _model_shortfalls(requirements: Requirements, capabilities: Capabilities) ->
     if requirements.model_digest is not None:
         if capabilities.model(requirements.model_digest) is None:
             yield f"model {requirements.model_digest[:12]}: not in this worker's models folder"
-    elif not capabilities.may_download:
-        yield f"model {requirements.download or ''}: not here, and this worker may not download"
+    elif requirements.download is not None and not capabilities.may_download:
+        yield f"model {requirements.download}: not here, and this worker may not download"
 
 
 def _size_shortfalls(requirements: Requirements, capabilities: Capabilities) -> Iterator[str]:
@@ -98,7 +104,7 @@ def _size_shortfalls(requirements: Requirements, capabilities: Capabilities) -> 
     if not devices:
         yield f"device {requirements.device}: this worker has {', '.join(d.device_id for d in capabilities.devices)}"
         return
-    able = [device for device in devices if requirements.dtype in (None, *device.dtypes) or not device.dtypes]
+    able = able_devices(requirements, capabilities)
     if not able:
         yield f"dtype {requirements.dtype}: not computed by {', '.join(device.device_id for device in devices)}"
     elif all(device.memory_bytes < requirements.memory_bytes for device in able):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ollm_service.core.capabilities import Capabilities, Device, LiveState
 from ollm_service.core.kv_selector import KVChoice, select_kv_strategy
-from ollm_service.core.matching import devices_for
+from ollm_service.core.matching import able_devices
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
 from ollm_service.core.plan import PassId, RuntimePlan
 from ollm_service.core.profile import ModelProfile
@@ -93,8 +93,9 @@ def place(
     """The best tier that holds at least one row of `longest_row_tokens` (prompt and output together)."""
     refused: list[RefusedTier] = []
     tokens = min(longest_row_tokens, profile.max_context_tokens or longest_row_tokens)
+    most_rows = MOST_ROWS if micro_batch_limit is None else min(MOST_ROWS, micro_batch_limit)
     must_spill = PassId.DISK_CACHE in demanded_passes(plan, config)
-    for device in devices_for(requirements, capabilities):
+    for device in able_devices(requirements, capabilities):
         choice = select_kv_strategy(plan, config, capabilities, device)
         spilled = _spilled_strategy(plan, config, capabilities)
         wanted = [choice.strategy]
@@ -103,7 +104,7 @@ def place(
         elif choice.strategy is KVCacheStrategy.RESIDENT and spilled is not None:
             wanted.append(spilled)
         for strategy in wanted:
-            found = _try_tier(profile, device, live, strategy, tokens, micro_batch_limit or MOST_ROWS)
+            found = _try_tier(profile, device, live, strategy, tokens, most_rows)
             if isinstance(found, RefusedTier):
                 refused.append(found)
                 continue
@@ -165,7 +166,8 @@ def _halvings(most: int) -> list[int]:
 
 def _spilled_strategy(plan: RuntimePlan, config: RuntimeConfig, capabilities: Capabilities) -> KVCacheStrategy | None:
     able = plan.supports_disk_cache and capabilities.passes.get(PassId.DISK_CACHE, "not known") is None
-    return KVCacheStrategy.PAGED if able and config.kv_cache_strategy is None else None
+    able = able and capabilities.kv_strategies.get(KVCacheStrategy.PAGED, "not known") is None
+    return KVCacheStrategy.PAGED if able and config.demanded_kv_strategy is None else None
 
 
 def _tier_name(strategy: KVCacheStrategy) -> str:

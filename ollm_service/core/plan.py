@@ -165,6 +165,8 @@ class RuntimePlan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "details", MappingProxyType(dict(self.details)))
+        for name in ("specialization_pass_ids", "applied_specialization_pass_ids"):
+            object.__setattr__(self, name, tuple(PassId(pass_id) for pass_id in getattr(self, name)))
         state, planned, applied = (
             self.specialization_state,
             self.specialization_pass_ids,
@@ -237,8 +239,8 @@ class RuntimePlan:
             specialization_provider_id=data["specialization_provider_id"],
             specialization_state=SpecializationState(data["specialization_state"]),
             reason=data["reason"],
-            specialization_pass_ids=tuple(PassId(item) for item in data["specialization_pass_ids"]),
-            applied_specialization_pass_ids=tuple(PassId(item) for item in data["applied_specialization_pass_ids"]),
+            specialization_pass_ids=data["specialization_pass_ids"],
+            applied_specialization_pass_ids=data["applied_specialization_pass_ids"],
             fallback_reason=data["fallback_reason"],
             details=data["details"],
         )

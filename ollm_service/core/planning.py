@@ -24,6 +24,8 @@ from ollm_service.core.providers import PROVIDERS, SpecializationProvider, match
 from ollm_service.core.reference import ModelReference, parse_reference
 
 MOST_CHUNK_ROWS = 16_384
+# The kinds that a backend runs so far; the others are recognized, and refused with that reason.
+RUNNABLE_KINDS = frozenset({GenericModelKind.CAUSAL_LM})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +68,8 @@ def plan_resolved(
         names = ", ".join(provider.provider_id for provider in providers_here)
         raise InvalidOption("model", f"several specializations match this model: {names}")
     provider = providers_here[0] if providers_here else None
-    has_generic = resolved.generic_model_kind is not None or resolved.is_downloadable
+    awaits_download = resolved.digest is None and resolved.is_downloadable
+    has_generic = resolved.generic_model_kind in RUNNABLE_KINDS or awaits_download
     if config.backend == BackendId.OPTIMIZED_NATIVE:
         if provider is None:
             return _refused(resolved, f"Backend `optimized-native` was asked for, but {_why_not_native(resolved, config)}.")
@@ -96,6 +99,7 @@ def _native(resolved: ResolvedModel, config: RuntimeConfig, provider: Specializa
         "offload_cpu_requested_layers": str(config.offload_cpu_layers),
         "offload_cpu_policy": config.offload_cpu_policy,
         "offload_gpu_layers": str(config.offload_gpu_layers),
+        **_kv_wishes(config),
     }
     if PassId.MLP_CHUNKING in pass_ids:
         rows = config.dense_projection_chunk_rows
@@ -137,7 +141,7 @@ def _passes(resolved: ResolvedModel, config: RuntimeConfig, provider: Specializa
 def _generic(resolved: ResolvedModel, config: RuntimeConfig, why: str) -> RuntimePlan:
     kind = resolved.generic_model_kind
     loads = f"loads it as {kind}" if kind else "loads it once a worker has fetched it"
-    details = {"source_kind": resolved.source_kind.value}
+    details = {"source_kind": resolved.source_kind.value, **_kv_wishes(config)}
     if kind:
         details["generic_model_kind"] = kind.value
     if config.backend:
@@ -151,6 +155,14 @@ def _generic(resolved: ResolvedModel, config: RuntimeConfig, why: str) -> Runtim
     )
     unmet = _unmet_by(generic, config)
     return _refused(resolved, unmet) if unmet else generic
+
+
+def _kv_wishes(config: RuntimeConfig) -> dict[str, str]:
+    """What the selector will go by: the strategy itself is chosen at placement, where memory is known."""
+    return {
+        "strategy_selector_profile": config.strategy_selector_profile,
+        "strategy_selector_requested_override": config.kv_cache_strategy or "auto",
+    }
 
 
 def _refused(resolved: ResolvedModel, reason: str) -> RuntimePlan:
@@ -184,12 +196,11 @@ def _without_specialization(
 def _unmet_by(candidate: RuntimePlan, config: RuntimeConfig) -> str | None:
     """What the user demanded and this plan cannot give: such a plan is refused at submission, not at load."""
     backend, passes = candidate.backend_id, candidate.specialization_pass_ids
-    strategy = config.kv_cache_strategy
+    strategy = config.demanded_kv_strategy
     if strategy not in (None, KVCacheStrategy.RESIDENT) and not candidate.supports_disk_cache:
-        return f"kv_cache_strategy `{strategy}` needs the disk-cache pass, which {backend} does not plan for this model."
-    windowed = config.strategy_selector_profile == "bounded-window" or config.kv_cache_window_tokens is not None
-    if windowed and not candidate.supports_disk_cache:
-        return f"A bounded KV window needs the disk-cache pass, which {backend} does not plan for this model."
+        return f"KV cache strategy `{strategy}` needs the disk-cache pass, which {backend} does not plan for this model."
+    if config.kv_cache_lifecycle == "persistent":
+        return "kv_cache_lifecycle `persistent` is not offered yet: KV files live as long as one attempt."
     if config.dense_projection_chunk_rows is not None and PassId.MLP_CHUNKING not in passes:
         return f"dense_projection_chunk_rows needs the mlp-chunking pass, which {backend} does not plan for this model."
     if config.offload_cpu_layers and not candidate.supports_cpu_offload:
@@ -212,9 +223,12 @@ def _why_not_native(resolved: ResolvedModel, config: RuntimeConfig) -> str:
 
 
 def _why_not_generic(resolved: ResolvedModel) -> str:
-    if resolved.capabilities.support_level is SupportLevel.UNSUPPORTED:
+    if resolved.digest is None:
         return resolved.resolution_message
-    return f"transformers has no Auto class that we use for {resolved.architecture or resolved.reference}."
+    what, kind = resolved.architecture or resolved.reference, resolved.generic_model_kind
+    if kind is not None:
+        return f"{what} is a model of kind `{kind}`, which no backend runs yet."
+    return f"{what} is not of a kind that transformers-generic loads ({', '.join(sorted(RUNNABLE_KINDS))})."
 
 
 def _catalog_entry(parsed: ModelReference) -> CatalogEntry | None:
@@ -227,19 +241,24 @@ def _catalog_entry(parsed: ModelReference) -> CatalogEntry | None:
 
 def _find(parsed: ModelReference, inventory: Iterable[HeldModel]) -> HeldModel | None:
     entry = _catalog_entry(parsed)
-    names = {entry.alias, entry.repo_id.replace("/", "--")} if entry else {parsed.directory_name}
+    found = [held for held in inventory if held.profile.is_usable and _is_named(held.profile, parsed, entry)]
+
+    def rank(held: HeldModel) -> tuple[bool, int, str]:
+        """Of several digests under one name: not a revision aside of `main`, what most workers hold, the smallest digest."""
+        is_other_revision = held.profile.repo_id is not None and "main" not in held.profile.refs
+        return (parsed.revision is None and is_other_revision, -len(held.workers), held.profile.digest)
+
+    return min(found, key=rank, default=None)
+
+
+def _is_named(profile: ModelProfile, parsed: ModelReference, entry: CatalogEntry | None) -> bool:
+    """Whether a folder is what the reference names. A folder that knows its revision is held to the one asked for."""
     if parsed.local_path is not None:
-        names = {PurePosixPath(parsed.local_path.removeprefix("./")).as_posix()}
-    found = [held for held in inventory if held.profile.is_usable and _is_named(held.profile, names, parsed)]
-    # Two digests under one name: the one that most workers hold, then the smallest digest, so that the choice is stable.
-    return min(found, key=lambda held: (-len(held.workers), held.profile.digest), default=None)
-
-
-def _is_named(profile: ModelProfile, names: set[str], parsed: ModelReference) -> bool:
-    if profile.name in names or profile.path.as_posix() in names:
-        return True
-    same_repo = parsed.is_hub_id and profile.repo_id == parsed.identifier
-    return same_repo and parsed.revision in (None, profile.revision)
+        return profile.path.as_posix() == parsed.local_path
+    repo_id = entry.repo_id if entry else parsed.identifier if parsed.is_hub_id else None
+    if repo_id is not None and profile.repo_id is not None:
+        return profile.repo_id == repo_id and parsed.revision in (None, profile.revision, *profile.refs)
+    return profile.name in ({entry.alias, entry.repo_id.replace("/", "--")} if entry else {parsed.directory_name})
 
 
 def _resolve(parsed: ModelReference, held: HeldModel | None) -> ResolvedModel:
@@ -295,9 +314,8 @@ def _capabilities(entry: CatalogEntry | None, profile: ModelProfile | None) -> C
         return CapabilityProfile(
             support_level=SupportLevel.UNSUPPORTED, supports_disk_cache=False, supports_local_materialization=True
         )
-    runnable = profile.kind is GenericModelKind.CAUSAL_LM
     return CapabilityProfile(
-        support_level=SupportLevel.GENERIC if runnable else SupportLevel.UNSUPPORTED,
+        support_level=SupportLevel.GENERIC if profile.kind in RUNNABLE_KINDS else SupportLevel.UNSUPPORTED,
         modalities=profile.modalities,
         requires_processor=profile.requires_processor,
         supports_disk_cache=profile.family is not None,

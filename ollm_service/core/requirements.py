@@ -5,7 +5,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ollm_service.core.options import RuntimeConfig
+from ollm_service.core.labels import parse_expression
+from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
 from ollm_service.core.plan import ModelModality, PassId, RuntimePlan
 from ollm_service.core.profile import ModelProfile
 
@@ -18,7 +19,8 @@ class Requirements:
 
     `memory_bytes` is what the smallest tier of the placement ladder needs on the device, `cache_bytes` what a demanded disk
     cache needs at the least. Both follow from the model and the options alone, never from the rows, so that classes stay few.
-    `model_digest` null with `download` set means that the worker must be allowed to fetch that repository.
+    `model_digest` null with `download` set means that the worker must be allowed to fetch that repository; one excludes the
+    other. Raises ValueError for both, InvalidExpression for a `where` that is no label expression.
     """
 
     backend_id: str
@@ -32,6 +34,12 @@ class Requirements:
     memory_bytes: int = 0
     cache_bytes: int = 0
     where: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.model_digest is not None and self.download is not None:
+            raise ValueError("a plan needs a model that is there or one that is fetched, not both")
+        if self.where is not None:
+            parse_expression(self.where)
 
     def as_dict(self) -> dict[str, Any]:
         """Every field as JSON types."""
@@ -59,7 +67,7 @@ def class_id(requirements: Requirements) -> str:
 def demanded_passes(plan: RuntimePlan, config: RuntimeConfig) -> tuple[PassId, ...]:
     """The planned passes that the user asked for explicitly, in planned order: those must not be given up."""
     wanted = {
-        PassId.DISK_CACHE: config.kv_cache_strategy not in (None, "resident"),
+        PassId.DISK_CACHE: config.demanded_kv_strategy not in (None, KVCacheStrategy.RESIDENT),
         PassId.MLP_CHUNKING: config.dense_projection_chunk_rows is not None,
         PassId.CPU_OFFLOAD: config.offload_cpu_layers > 0,
         PassId.GPU_OFFLOAD: config.offload_gpu_layers > 0,
@@ -81,7 +89,7 @@ def requirements_of(
         model_digest=profile.digest if profile else None,
         download=None if profile else _download(resolved.repo_id, resolved.revision),
         passes=passes,
-        kv_cache_strategy=config.kv_cache_strategy,
+        kv_cache_strategy=config.demanded_kv_strategy,
         device=config.device,
         dtype=profile.dtype if profile else None,
         modalities=resolved.capabilities.modalities,
