@@ -149,7 +149,7 @@ def decode_message(body: bytes) -> Message:
     """The message in a frame's body. Raises ValueError for anything else."""
     try:
         return cast(Message, from_json(cast(type[Any], Message), json.loads(body)))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not a message: {error}") from error
 
 
@@ -175,7 +175,8 @@ def from_json(kind: type[T], data: Any) -> T:
     """A value of `kind` from JSON types.
 
     Unknown keys are ignored, so that an older reader understands a newer writer; missing keys take the field's default. Raises
-    TypeError for a missing field without default, ValueError for a value that is not allowed, KeyError for an unknown `type`.
+    TypeError for a missing field without default and for a value of another JSON type, ValueError for a value that is not
+    allowed, KeyError for an unknown `type`.
     """
     return cast(T, _read(kind, data))
 
@@ -184,17 +185,24 @@ def _read(kind: Any, data: Any) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return _read_union(arguments, data)
-    if origin is tuple:
-        return tuple(_read(arguments[0], item) for item in data)
-    if origin is frozenset:
-        return frozenset(_read(arguments[0], item) for item in data)
+    if origin in (tuple, frozenset):
+        return origin(_read(arguments[0], item) for item in _demand(data, list | tuple, kind))
     if origin is not None and issubclass(origin, Mapping):
-        return {_read(arguments[0], key): _read(arguments[1], item) for key, item in data.items()}
+        return {_read(arguments[0], key): _read(arguments[1], item) for key, item in _demand(data, Mapping, kind).items()}
     if is_dataclass(kind) and isinstance(kind, type):
-        hints = _hints(kind)
-        return kind(**{item.name: _read(hints[item.name], data[item.name]) for item in fields(kind) if item.name in data})
-    if isinstance(kind, type) and issubclass(kind, Enum | PurePosixPath | float):
-        return kind(data)
+        hints, given = _hints(kind), _demand(data, Mapping, kind)
+        return kind(**{item.name: _read(hints[item.name], given[item.name]) for item in fields(kind) if item.name in given})
+    if isinstance(kind, type) and issubclass(kind, Enum | PurePosixPath):
+        return kind(_demand(data, str, kind))
+    if kind is float:
+        return float(_demand(data, int | float, kind))
+    return _demand(data, kind, kind) if kind in (str, int, bool) else data
+
+
+def _demand(data: Any, wanted: Any, kind: Any) -> Any:
+    """The data, if it is of the wanted JSON type. A boolean is no number, though Python says so."""
+    if not isinstance(data, wanted) or (isinstance(data, bool) and kind is not bool):
+        raise TypeError(f"{kind} cannot be read from a {type(data).__name__}")
     return data
 
 
@@ -205,8 +213,8 @@ def _read_union(arguments: tuple[Any, ...], data: Any) -> Any:
     if len(choices) == 1:
         return _read(choices[0], data)
     if all(is_dataclass(choice) for choice in choices):
-        return _read({choice.__name__: choice for choice in choices}[data["type"]], data)
-    return data
+        return _read({choice.__name__: choice for choice in choices}[_demand(data, Mapping, "a message")["type"]], data)
+    return _demand(data, (*choices, int) if float in choices else tuple(choices), choices)
 
 
 def _tagged(value: Any, hint: Any) -> Any:
