@@ -153,7 +153,8 @@ def write_errors(connection: Connection, plan: Row[Any], *, code: str, message: 
         literal(message, results.c.error_message.type),
         now_ms(),
     ).where(job_rows.c.plan_id == plan.id, ~has_result.exists())
-    written = connection.execute(insert(results).from_select([*names, "error_code", "error_message", "created_ms"], source))
+    copied = insert(results).from_select([*names, "error_code", "error_message", "created_ms"], source)
+    written = connection.execute(copied, execution_options={"preserve_rowcount": True})
     if written.rowcount != missing:
         raise RuntimeError(f"plan {plan.id} counts {missing} rows without a result, but has {written.rowcount}")
     return missing

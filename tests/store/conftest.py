@@ -1,4 +1,4 @@
-"""What does a store test find? An empty database with the real schema, and a store on it, once on SQLite and once on PostgreSQL."""
+"""What does a store test find? An empty database with the real schema and a store on it, on SQLite and on PostgreSQL."""
 
 import shutil
 from collections.abc import Iterator
