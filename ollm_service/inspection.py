@@ -84,10 +84,12 @@ class DigestCache:
             if known is not None:
                 return known
             hasher = hashlib.sha256()
-            while chunk := file.read(_CHUNK_BYTES):
+            left = os.fstat(file.fileno()).st_size
+            while left > 0 and (chunk := file.read(_CHUNK_BYTES)):  # no further, should it grow faster than it is read
                 if is_stopped():
                     raise InspectionStopped
                 hasher.update(chunk)
+                left -= len(chunk)
             if _cache_key(path, os.fstat(file.fileno())) != key:
                 raise BrokenCheckpoint(f"{path.name} is still being written")
         with self._lock:
@@ -262,7 +264,7 @@ def _safe_files(folder: _Folder) -> dict[str, Path]:
             target = Path(os.path.realpath(entry.path))
             if entry.is_symlink() and not any(home in target.parents for home in folder.homes):
                 raise BrokenCheckpoint(f"{printable(name)} is a link that leaves the model's folder")
-            if not stat.S_ISREG(os.lstat(target).st_mode):
+            if not target.is_file():
                 raise BrokenCheckpoint(f"{printable(name)} is not a plain file")
             found[name] = target
     return found
