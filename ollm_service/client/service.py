@@ -77,12 +77,13 @@ class Client:
         self,
         model: str,
         runtime: RuntimeConfig | Mapping[str, Any] | None = None,
+        generation: GenerationConfig | Mapping[str, Any] | None = None,
         *,
         where: str | None = None,
         rows: Iterable[Any] | None = None,
     ) -> Preview:
         """The plan that such a job would get, and every worker's verdict, without running anything."""
-        body: dict[str, Any] = {"model": model, "runtime": _options(runtime)}
+        body: dict[str, Any] = {"model": model, "runtime": _options(runtime), "generation": _options(generation)}
         if where is not None:
             body["where"] = where
         if rows is not None:

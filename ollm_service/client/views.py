@@ -41,6 +41,7 @@ class PlanEvent:
     before: str | None
     after: str | None
     worker: str | None
+    node: str | None
     reason: str | None
 
     @classmethod
@@ -52,6 +53,7 @@ class PlanEvent:
             before=raw.get("from"),
             after=raw.get("to"),
             worker=raw.get("worker"),
+            node=raw.get("node"),
             reason=raw.get("reason"),
         )
 
@@ -62,6 +64,7 @@ class Attempt:
 
     number: int
     worker: str
+    node: str | None
     outcome: str | None
     runtime_plan: RuntimePlan | None
     placement: Json
@@ -70,8 +73,28 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Whether one worker could take a plan; `reasons` are why not."""
+
+    node: str
+    worker_id: str
+    eligible: bool
+    reasons: tuple[str, ...]
+
+    @classmethod
+    def from_raw(cls, raw: Json) -> Self:
+        """From the service's JSON."""
+        reasons = tuple(raw.get("reasons") or ())
+        return cls(node=raw["node"], worker_id=raw["worker_id"], eligible=raw["eligible"], reasons=reasons)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A plan record. `events` and `attempts` are its history, filled where one plan was asked for by its id."""
+    """A plan record.
+
+    `events` and `attempts` are its history, `verdicts` what each worker says to one that waits; they are filled where one plan
+    was asked for by its id.
+    """
 
     id: str
     state: ExecutionState
@@ -84,6 +107,7 @@ class Plan:
     worker: str | None
     events: tuple[PlanEvent, ...] = ()
     attempts: tuple[Attempt, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
     raw: Json = field(repr=False, compare=False, default_factory=dict)
 
     @property
@@ -107,6 +131,7 @@ class Plan:
             worker=raw.get("worker"),
             events=tuple(PlanEvent.from_raw(event) for event in raw.get("events", ())),
             attempts=tuple(_attempt(attempt, resolved) for attempt in raw.get("attempts", ())),
+            verdicts=tuple(Verdict.from_raw(verdict) for verdict in raw.get("workers", ())),
             raw=raw,
         )
 
@@ -144,22 +169,6 @@ class Result:
             cursor=raw["cursor"],
             raw=raw,
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """Whether one worker could take a plan; `reasons` are why not."""
-
-    node: str
-    worker_id: str
-    eligible: bool
-    reasons: tuple[str, ...]
-
-    @classmethod
-    def from_raw(cls, raw: Json) -> Self:
-        """From the service's JSON."""
-        reasons = tuple(raw.get("reasons") or ())
-        return cls(node=raw["node"], worker_id=raw["worker_id"], eligible=raw["eligible"], reasons=reasons)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,6 +275,7 @@ def _attempt(raw: Json, resolved: ResolvedModel) -> Attempt:
     return Attempt(
         number=raw["number"],
         worker=raw["worker"],
+        node=raw.get("node"),
         outcome=raw.get("outcome"),
         runtime_plan=RuntimePlan.from_dict(plan, resolved_model=resolved) if plan else None,
         placement=raw.get("placement") or {},

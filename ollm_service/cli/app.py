@@ -1,0 +1,69 @@
+"""Which verbs does `ollm-service` know? Each is a function of one of the modules beside this one."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ollm_service import __version__
+from ollm_service.cli import doctor, fleet, jobs, plans, service
+from ollm_service.cli.output import exit_code, report, say
+from ollm_service.core.errors import OllmError
+
+HERE, JOBS, PLANS, FLEET = "Run the service", "Jobs", "Plans", "Fleet"
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="ollm-service",
+    help="Durable offline LLM jobs across mixed machines. Talks to OLLM_BASE_URL, or to the service on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for name, panel, verb in (
+    ("up", HERE, service.up),
+    ("serve", HERE, service.serve),
+    ("worker", HERE, service.worker),
+    ("doctor", HERE, doctor.doctor),
+    ("submit", JOBS, jobs.submit),
+    ("jobs", JOBS, jobs.list_jobs),
+    ("job", JOBS, jobs.show_job),
+    ("watch", JOBS, jobs.watch),
+    ("results", JOBS, jobs.results),
+    ("cancel", JOBS, jobs.cancel),
+    ("retry", JOBS, jobs.retry),
+    ("preview", PLANS, plans.preview),
+    ("plans", PLANS, plans.list_plans),
+    ("plan", PLANS, plans.show_plan),
+    ("explain", PLANS, plans.explain),
+    ("workers", FLEET, fleet.workers),
+    ("models", FLEET, fleet.models),
+    ("drain", FLEET, fleet.drain),
+):
+    app.command(name, rich_help_panel=panel)(verb)
+app.add_typer(service.database, name="db", rich_help_panel=HERE)
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        say(f"ollm-service {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    del version
+
+
+def main() -> None:
+    """Run one command and exit: 0 done, 2 bad option or reference, 3 plan not executable, 1 anything else."""
+    try:
+        app()
+    except OllmError as error:
+        report(error, as_json="--json" in sys.argv)
+        sys.exit(exit_code(error))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,83 @@
+"""Which commands look at the machines: workers, models, and taking a node out of service?"""
+
+from typing import Annotated, Any
+
+import typer
+
+from ollm_service.cli.output import AsJson, bytes_in_words, count, print_json, print_json_lines, print_table, say
+from ollm_service.client import Client, Worker
+
+
+def workers(as_json: AsJson = False) -> None:
+    """List the workers: what they have, what is free, what they do."""
+    with Client() as client:
+        found = client.workers()
+    if as_json:
+        print_json_lines(worker.raw for worker in found)
+        return
+    if not found:
+        say("No workers yet. Start one with `ollm-service worker`.")
+        return
+    print_table(
+        ("NODE", "STATE", "DEVICES", "FREE", "RUNS", "WARM MODEL", "MODELS", "LACKS", "SEEN"),
+        [
+            (
+                worker.node,
+                worker.state,
+                _devices(worker),
+                ", ".join(bytes_in_words(free) for free in worker.live.get("device_free_bytes", {}).values()),
+                f"{worker.running} of {worker.raw.get('slots', '?')}",
+                worker.warm_model,
+                ", ".join(model["name"] for model in worker.capabilities.get("models", ())),
+                ", ".join(name for name, lacking in worker.capabilities.get("passes", {}).items() if lacking),
+                f"{worker.raw.get('heartbeat_age_seconds', 0):.0f} s ago",
+            )
+            for worker in found
+        ],
+    )
+
+
+def models(as_json: AsJson = False) -> None:
+    """List the models that a job may name, and those that are refused with the reason."""
+    with Client() as client:
+        found = client.models()
+    if as_json:
+        print_json_lines(model.raw for model in found)
+        return
+    print_table(
+        ("MODEL", "ARCHITECTURE", "SIZE", "ON", "REMARK"),
+        [
+            (
+                model.id,
+                model.raw.get("architecture"),
+                bytes_in_words(model.raw.get("weight_bytes")),
+                ", ".join(model.raw.get("nodes") or ()),
+                _remark(model.raw),
+            )
+            for model in found
+        ],
+    )
+
+
+def drain(
+    node: Annotated[str, typer.Argument(metavar="NODE", help="A node's name or a worker's id.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Let a node's workers finish what they do and take nothing new."""
+    with Client() as client:
+        answer = client.drain(node)
+    if as_json:
+        print_json(answer)
+    else:
+        say(f"{count(answer.get('workers', 0), 'worker')} of {node} will finish and take nothing new.")
+
+
+def _devices(worker: Worker) -> str:
+    devices = worker.capabilities.get("devices", ())
+    return ", ".join(f"{device['device_id']} ({bytes_in_words(device['memory_bytes'])})" for device in devices)
+
+
+def _remark(model: Any) -> str:
+    if model.get("unsafe_because"):
+        return f"refused: {model['unsafe_because']}"
+    return "" if model.get("nodes") else f"no worker has it yet ({model.get('repo_id')})"

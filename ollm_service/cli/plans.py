@@ -1,0 +1,185 @@
+"""Which commands show plans: before they run, while they wait, and what became of them?"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Annotated
+
+import typer
+
+from ollm_service.cli.input_rows import read_rows
+from ollm_service.cli.options import Choices, takes_choices
+from ollm_service.cli.output import (
+    NOT_EXECUTABLE,
+    AsJson,
+    bytes_in_words,
+    count,
+    print_facts,
+    print_json,
+    print_json_lines,
+    print_table,
+    say,
+)
+from ollm_service.client import Client, Plan, Verdict
+from ollm_service.core.errors import InvalidOption
+from ollm_service.core.plan import RuntimePlan
+
+PlanId = Annotated[str, typer.Argument(metavar="PLAN", help="The plan's id, plan_…", show_default=False)]
+
+
+@takes_choices()
+def preview(
+    choices: Choices,
+    name: Annotated[str | None, typer.Argument(metavar="MODEL", help="Alias, hub id or name of a model on the fleet.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The same, as `submit` takes it.")] = None,
+    rows: Annotated[str | None, typer.Option(metavar="FILE", help="Check the rows of this file, too.")] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column of a CSV file that holds the prompts.")] = None,
+    where: Annotated[str | None, typer.Option(help='Labels that a worker must have, such as zone == "home".')] = None,
+    as_json: AsJson = False,
+) -> None:
+    """See what would run where and why. Nothing is stored; exits 3 when nothing could run it."""
+    read = None if rows is None else read_rows(rows, model=model or name, prompt_column=prompt_column)
+    wanted = model or name or (read.model if read else None)
+    if wanted is None:
+        raise InvalidOption("MODEL", "say which model, such as `ollm-service preview llama3-1B-chat`")
+    with Client() as client:
+        found = client.preview(
+            wanted, choices.runtime, choices.generation, where=where, rows=read.rows if read is not None else None
+        )
+    if as_json:
+        print_json(found.raw)
+    else:
+        _print_plan(found.runtime_plan, found.condition)
+        _print_verdicts(found.workers)
+        for problem in (found.raw.get("rows") or {}).get("invalid", ()):
+            say(f"row {problem['row']} ({problem['custom_id']}) would fail: {problem['message']}")
+    if not found.runtime_plan.is_executable():
+        raise typer.Exit(NOT_EXECUTABLE)
+
+
+def list_plans(
+    job_id: Annotated[str, typer.Argument(metavar="JOB", help="The job's id, job_…", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """List a job's plans."""
+    with Client() as client:
+        found = client.plans(job_id)
+        if as_json:
+            print_json_lines(plan.raw for plan in found)
+            return
+        print_table(
+            ("PLAN", "STATE", "SPECIALIZATION", "BACKEND", "ROWS", "DONE", "TRIES", "NODE", "WAITS FOR"),
+            [
+                (
+                    plan.id,
+                    plan.state,
+                    plan.runtime_plan.specialization_state,
+                    plan.runtime_plan.backend_id,
+                    plan.row_count,
+                    plan.raw.get("rows_done"),
+                    plan.attempt,
+                    plan.raw.get("node"),
+                    plan.condition,
+                )
+                for plan in found
+            ],
+        )
+
+
+def show_plan(plan_id: PlanId, as_json: AsJson = False) -> None:
+    """Show one plan with its history and every try."""
+    with Client() as client:
+        plan = client.plan(plan_id)
+    if as_json:
+        print_json(plan.raw)
+        return
+    print_facts({"plan": plan.id, "state": plan.state, "rows": plan.row_count, "class": plan.class_id})
+    _print_plan(plan.runtime_plan, plan.condition)
+    say("")
+    _print_history(plan)
+    for attempt in plan.attempts:
+        placement = attempt.placement
+        say("")
+        print_facts(
+            {
+                f"try {attempt.number}": f"{attempt.outcome} on {attempt.node}",
+                "placement": f"{placement['tier']} ({placement['device_id']})" if placement else None,
+                "micro-batch": count(placement["micro_batch"], "row") if placement else None,
+                "estimated": _in_words(attempt.estimate),
+                "measured": _in_words(attempt.measured),
+            }
+        )
+
+
+def explain(
+    target: Annotated[str, typer.Argument(metavar="PLAN|JOB", help="A plan's or a job's id.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Say why a plan is where it is: its condition, and for each worker why it can or cannot take it."""
+    with Client() as client:
+        ids = [plan.id for plan in client.plans(target)] if target.startswith("job_") else [target]
+        # A job's plans mostly wait for the same thing: one of each kind is shown.
+        plans = _one_of_each(client.plan(plan_id) for plan_id in ids)
+    if as_json:
+        print_json_lines(plan.raw for plan, _ in plans)
+        return
+    for plan, alike in plans:
+        say(f"{plan.id} is {plan.state}" + (f", and so are {count(alike - 1, 'other plan')}" if alike > 1 else "") + ".")
+        _print_plan(plan.runtime_plan, plan.condition)
+        reason = plan.raw.get("reason")
+        if reason:
+            print_facts({"last step": reason})
+        _print_verdicts(plan.verdicts)
+
+
+def _one_of_each(plans: Iterable[Plan]) -> list[tuple[Plan, int]]:
+    first: dict[tuple[str, ...], Plan] = {}
+    alike: Counter[tuple[str, ...]] = Counter()
+    for plan in plans:
+        key = (plan.class_id, plan.state, plan.condition or "", plan.reason)
+        first.setdefault(key, plan)
+        alike[key] += 1
+    return [(plan, alike[key]) for key, plan in first.items()]
+
+
+def _print_plan(plan: RuntimePlan, condition: str | None) -> None:
+    print_facts(
+        {
+            "runs on": plan.backend_id or "nothing",
+            "why": plan.reason,
+            "passes": ", ".join(plan.specialization_pass_ids),
+            "passes are": plan.specialization_state if plan.specialization_pass_ids else None,
+            "evidence": "; ".join(f"{name}: {how}" for name, how in evidence(plan).items()),
+            "waits for": condition,
+        }
+    )
+
+
+def evidence(plan: RuntimePlan) -> dict[str, str]:
+    """What each pass left in a finalized plan: `applied(…)`, `not-needed(…)` or `failed(…)`."""
+    found = {pass_id: plan.details.get(f"pass_{pass_id.replace('-', '_')}") for pass_id in plan.specialization_pass_ids}
+    return {str(pass_id): how for pass_id, how in found.items() if how}
+
+
+def _print_history(plan: Plan) -> None:
+    rows = [(event.at, event.kind, event.before, event.after, event.node, event.reason) for event in plan.events]
+    print_table(
+        ("WHEN", "WHAT", "FROM", "TO", "NODE", "WHY"),
+        [(at.astimezone().strftime("%H:%M:%S.%f")[:-3], kind, *rest) for at, kind, *rest in rows],
+    )
+
+
+def _print_verdicts(verdicts: Iterable[Verdict]) -> None:
+    for verdict in verdicts:
+        say(f"{verdict.node}: {'can run it' if verdict.eligible else 'cannot: ' + '; '.join(verdict.reasons)}")
+
+
+def _in_words(figures: Mapping[str, object]) -> str:
+    """Numbers with their names; those that are bytes as such."""
+    words = []
+    for name, value in figures.items():
+        is_bytes = isinstance(value, int | float) and ("bytes" in name or name in _BYTES)
+        words.append(f"{name} {bytes_in_words(value) if is_bytes and isinstance(value, int | float) else value}")
+    return ", ".join(words)
+
+
+_BYTES = frozenset({"weights", "kv", "activations", "logits", "workspace", "disk"})
