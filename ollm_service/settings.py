@@ -35,6 +35,7 @@ class Settings(BaseSettings):
     )
     stall_seconds: float = Field(600.0, ge=1, description="How long a runner may make no progress before it is killed (worker).")
     drain_seconds: float = Field(60.0, ge=0, description="How long a stopping worker finishes its plans before it releases them.")
+    runner_command: str = Field("", description="Command that starts a runner (worker), for runners other than ours.")
     host: str = Field("127.0.0.1", description="Address that the coordinator listens on; others than loopback need API keys.")
     port: int = Field(8000, ge=0, le=65535, description="Port that the coordinator listens on; 0: any free port.")
     api_keys: str = Field("", description="Comma-separated API keys that the coordinator accepts; only their hashes are kept.")

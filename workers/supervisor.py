@@ -97,9 +97,14 @@ class RunnerProcess:
         process = self._process
         return process.pid if process is not None and process.poll() is None else None
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether it runs and nobody has told it to end."""
+        return self.pid is not None and not self._we_killed_it
+
     def start(self) -> bool:
         """Make sure that a runner runs; True if a new one was started. Raises OSError where the command cannot be executed."""
-        if self.pid is not None:
+        if self.is_usable:
             return False
         self.close()
         ours, theirs = socket.socketpair()

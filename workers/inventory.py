@@ -1,0 +1,61 @@
+"""What does this worker have, and what of it is free to a plan in one of its slots? The probe's answers, slot by slot."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from ollm_service.core.capabilities import Capabilities, LiveState
+from workers.cache_folder import NoCacheFolder, take_folder
+from workers.model_shelf import ModelShelf
+from workers.probe import Probe
+from workers.slots import Slot, Slots
+
+
+class Inventory:
+    """The machine, the models and the slots' cache folders, which are taken when `look` first can."""
+
+    def __init__(self, probe: Probe, shelf: ModelShelf, slots: Slots, cache_root: Path) -> None:
+        self._probe = probe
+        self._shelf = shelf
+        self._slots = slots
+        self._cache_root = cache_root
+
+    def look(self) -> Capabilities:
+        """What the worker can do now."""
+        no_cache_because = self._take_cache_folders()
+        return self._probe.capabilities(self._shelf.models, self._cache_folders(), no_cache_because)
+
+    def free_to_fleet(self) -> LiveState:
+        """What the fleet is told: the runners of free slots count as free."""
+        warm = next((slot.warm_model for slot in self._slots.all if slot.warm_model is not None), None)
+        return self._live(self._slots.idle(), warm)
+
+    def free_to(self, slot: Slot) -> LiveState:
+        """What a plan in this slot may take: its own runner counts as free, what the other slots have promised does not."""
+        live = self._live((slot,), slot.warm_model)
+        free = dict(live.device_free_bytes)
+        for other in self._slots.all:
+            promise = other.reserved
+            if other is not slot and promise is not None:
+                device_id, size = promise
+                still_to_come = max(0, size - self._probe.held_by(other.runner.pid, device_id))
+                free[device_id] = max(0, free.get(device_id, 0) - still_to_come)
+        return replace(live, device_free_bytes=free, host_free_bytes=free.get("cpu", live.host_free_bytes))
+
+    def _live(self, slots: Collection[Slot], warm_model: str | None) -> LiveState:
+        runners = [pid for slot in slots if (pid := slot.runner.pid) is not None]
+        folder = next(iter(self._cache_folders()), None)
+        return self._probe.live(runners, folder, warm_model)
+
+    def _cache_folders(self) -> list[Path]:
+        return [slot.cache_folder.path for slot in self._slots.all if slot.cache_folder is not None]
+
+    def _take_cache_folders(self) -> str | None:
+        """Give every slot a folder; the reason where one cannot have any."""
+        for slot in self._slots.all:
+            if slot.cache_folder is None:
+                try:
+                    slot.cache_folder = take_folder(self._cache_root)
+                except NoCacheFolder as error:
+                    return f"no writable cache directory: {error}"
+        return None

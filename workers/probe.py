@@ -1,0 +1,200 @@
+"""What can this worker do, and what has it free at this moment? Hardware, disk, libraries and models; torch is never imported."""
+
+import logging
+import platform
+import re
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from ollm_service.core.capabilities import CacheDisk, Capabilities, Device, LiveState
+from ollm_service.core.labels import Attributes
+from ollm_service.core.options import KVCacheStrategy
+from ollm_service.core.plan import BackendId, PassId
+from ollm_service.core.profile import ModelProfile
+from workers.cache_folder import DiskRates, NoCacheFolder, check_writable, free_bytes, measure, total_bytes
+from workers.host_memory import HostMemory, host_memory, private_bytes
+from workers.nvml import Gpu, Nvml, NvmlUnavailable, visible
+
+CPU_DTYPES = ("float64", "float32", "bfloat16", "float16")
+NOT_IN_THIS_ENGINE = "not in this version of the engine"
+RUNNER_LIBRARIES = ("torch", "transformers", "safetensors")
+GPU_SECONDS = 1.0  # how long an answer of the driver is good for
+_PACKAGE = "ollm-service"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claims:
+    """What the operator says of this worker, and how its runner is started.
+
+    `has_own_runner` is true where runners of our own kind are started, which need torch and transformers here.
+    """
+
+    node: str
+    slots: int
+    labels: Attributes = field(default_factory=dict)
+    has_own_runner: bool = True
+
+
+class Probe:
+    """Looks at this machine. `environment` is the runners': it decides which GPUs they will see."""
+
+    def __init__(self, claims: Claims, environment: Mapping[str, str]) -> None:
+        self._claims = claims
+        self._environment = environment
+        self._lacking = _lacking_library() if claims.has_own_runner else None
+        self._versions = _versions()
+        self._nvml = self._open_nvml()
+        self._gpus: tuple[float, tuple[Gpu, ...]] | None = None
+        self._rates: dict[Path, DiskRates | None] = {}
+
+    def capabilities(
+        self, models: tuple[ModelProfile, ...], cache_folders: Collection[Path], no_cache_because: str | None
+    ) -> Capabilities:
+        """Everything that changes seldom. Where a cache folder is missing or cannot be written to now, there is no disk cache."""
+        reason = no_cache_because or _why_unwritable(cache_folders)
+        backend_reason = None if self._lacking is None else f"{self._lacking} is not installed on this worker"
+        return Capabilities(
+            node=self._claims.node,
+            slots=self._claims.slots,
+            devices=self._devices(),
+            host_memory_bytes=host_memory().total,
+            backends={backend.value: backend_reason for backend in BackendId},
+            passes={pass_id: _pass_reason(pass_id, reason) for pass_id in PassId},
+            kv_strategies={strategy.value: _strategy_reason(strategy, reason) for strategy in KVCacheStrategy},
+            models=models,
+            cache_disk=None if reason else self._cache_disk(next(iter(cache_folders))),
+            labels=self._claims.labels,
+            versions=self._versions,
+        )
+
+    def live(self, runners: Collection[int], cache_folder: Path | None, warm_model: str | None) -> LiveState:
+        """What is free now. What the runners with these process ids hold counts as free: they are idle, or the asker's own."""
+        memory = host_memory()
+        own = sum(private_bytes(pid) for pid in runners)
+        host_free = min(memory.total, memory.free + own)
+        free = {"cpu": host_free}
+        for number, gpu in enumerate(self._visible_gpus()):
+            held = sum(used for pid, used in gpu.used_by.items() if pid in runners)
+            free[f"cuda:{number}"] = min(gpu.total_bytes, gpu.free_bytes + held)
+        return LiveState(
+            device_free_bytes=free,
+            host_free_bytes=host_free,
+            cache_free_bytes=free_bytes(cache_folder) if cache_folder else 0,
+            warm_model=warm_model,
+        )
+
+    def held_by(self, pid: int | None, device_id: str) -> int:
+        """The bytes of a device's memory that a runner holds; 0 where the driver does not tell."""
+        if pid is None:
+            return 0
+        if device_id == "cpu":
+            return private_bytes(pid)
+        gpus = {f"cuda:{number}": gpu for number, gpu in enumerate(self._visible_gpus())}
+        return gpus[device_id].used_by.get(pid, 0) if device_id in gpus else 0
+
+    def _devices(self) -> tuple[Device, ...]:
+        gpus = tuple(
+            Device(
+                device_id=f"cuda:{number}",
+                name=gpu.name,
+                memory_bytes=gpu.total_bytes,
+                compute_capability=".".join(map(str, gpu.compute_capability)),
+                dtypes=_cuda_dtypes(gpu.compute_capability),
+            )
+            for number, gpu in enumerate(self._visible_gpus())
+        )
+        return (*gpus, _cpu(host_memory()))
+
+    def _cache_disk(self, folder: Path) -> CacheDisk:
+        if folder not in self._rates:
+            self._rates[folder] = measure(folder)
+        rates = self._rates[folder]
+        return CacheDisk(
+            path=str(folder.parent),
+            total_bytes=total_bytes(folder),
+            write_rate=rates.write if rates else None,
+            read_rate=rates.read if rates else None,
+        )
+
+    def _open_nvml(self) -> Nvml | None:
+        if self._claims.has_own_runner and not _torch_has_cuda():
+            return None
+        try:
+            return Nvml()
+        except NvmlUnavailable as error:
+            _log.debug("no-gpu", extra={"reason": str(error)})
+            return None
+
+    def _visible_gpus(self) -> tuple[Gpu, ...]:
+        if self._nvml is None:
+            return ()
+        if self._gpus is not None and time.monotonic() - self._gpus[0] < GPU_SECONDS:
+            return self._gpus[1]
+        try:
+            gpus = visible(self._nvml.gpus(), self._environment)
+        except NvmlUnavailable as error:
+            _log.warning("gpu-lost", extra={"reason": str(error)})
+            gpus = ()
+        self._gpus = (time.monotonic(), gpus)
+        return gpus
+
+
+def _cpu(memory: HostMemory) -> Device:
+    return Device(device_id="cpu", name=platform.processor() or platform.machine(), memory_bytes=memory.total, dtypes=CPU_DTYPES)
+
+
+def _cuda_dtypes(compute_capability: tuple[int, int]) -> tuple[str, ...]:
+    """bfloat16 is native from Ampere on; before it is emulated so slowly that it counts as missing."""
+    return ("float64", "float32", "float16", "bfloat16") if compute_capability >= (8, 0) else ("float64", "float32", "float16")
+
+
+def _pass_reason(pass_id: PassId, no_cache_because: str | None) -> str | None:
+    if pass_id is PassId.DISK_CACHE:
+        return no_cache_because
+    return None if pass_id is PassId.MLP_CHUNKING else NOT_IN_THIS_ENGINE
+
+
+def _strategy_reason(strategy: KVCacheStrategy, no_cache_because: str | None) -> str | None:
+    if strategy is KVCacheStrategy.RESIDENT:
+        return None
+    return no_cache_because if strategy is KVCacheStrategy.PAGED else NOT_IN_THIS_ENGINE
+
+
+def _why_unwritable(folders: Collection[Path]) -> str | None:
+    try:
+        for folder in folders:
+            check_writable(folder)
+    except NoCacheFolder as error:
+        return f"no writable cache directory: {error}"
+    return None if folders else "no writable cache directory"
+
+
+def _lacking_library() -> str | None:
+    return next((name for name in RUNNER_LIBRARIES if find_spec(name) is None), None)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in (_PACKAGE, *RUNNER_LIBRARIES[:2]):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _torch_has_cuda() -> bool:
+    """Whether the torch that runners will import was built with CUDA: it says so in a file, so it need not be loaded."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    try:
+        text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return re.search(r"^cuda\b[^=]*=\s*['\"]", text, re.MULTILINE) is not None
