@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,8 +23,8 @@ from tests.servers import LOOPBACK, free_port, kill_tree, spawn
 from tests.waiting import wait_for
 
 REPOSITORY = Path(__file__).parents[2]
-SCRIPTED_RUNNER = REPOSITORY / "tests" / "doubles" / "scripted_runner.py"
-DEMO_MODELS = REPOSITORY / "demo"
+SCRIPTED = f"{sys.executable} -m tests.doubles.scripted_runner"  # a runner without a model, steered by words in the prompts
+DEMO_MODELS = REPOSITORY / "demo" / "models"
 START_SECONDS = 40.0  # imports on a busy machine
 LOG_TAIL_BYTES = 6000
 
@@ -110,6 +111,12 @@ class Worker(Part):
     def runner_pid(self) -> int:
         """The id of its runner, as soon as it has one."""
         return wait_for(self.runner_pids, timeout=20, what=f"{self.name} to have a runner")[0]
+
+    def kill_any_runner(self) -> None:
+        """SIGKILL to its runner, if it has one at this moment."""
+        for pid in self.runner_pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def kill_runner(self) -> int:
         """SIGKILL to its runner, and the id that it had."""
@@ -200,6 +207,17 @@ class Fleet:
             assert worker.is_running, f"{worker.name} ended at its start:\n{worker.log_tail()}"
         return set(nodes) <= {worker["node"] for worker in self.calls.workers() if worker["state"] == "active"}
 
+    def restore(self) -> None:
+        """Start what has ended, thaw what is frozen, and return when everything works again."""
+        if not self.coordinator.is_running:
+            self.start_coordinator()
+        for worker in self.workers.values():
+            if worker.is_running:
+                worker.thaw()
+            else:
+                worker.start()
+        self.await_workers(*self.workers)
+
     def logs(self) -> str:
         """The end of every process's log."""
         return "\n".join(f"--- {part.name}\n{part.log_tail()}" for part in (self.coordinator, *self.workers.values()))
@@ -229,6 +247,11 @@ def run_to_end(
         env={**kept, "PYTHONPATH": str(REPOSITORY), **environment},
         capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
+
+
+def milliseconds_between(earlier: str, later: str) -> float:
+    """The time from one ISO-8601 time to another."""
+    return (datetime.fromisoformat(later) - datetime.fromisoformat(earlier)).total_seconds() * 1000
 
 
 def counts(job: Mapping[str, Any]) -> tuple[int, int, int]:

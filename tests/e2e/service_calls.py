@@ -57,6 +57,10 @@ class ServiceCalls:
         """The job after asking for its end."""
         return _checked(self.post(f"/v1/jobs/{job_id}/cancel"))
 
+    def cancel_through_outages(self, job_id: str, *, timeout: float) -> dict[str, Any]:
+        """The same, asked until the service answers."""
+        return wait_for(lambda: self._try(lambda: self.post(f"/v1/jobs/{job_id}/cancel")), timeout=timeout, what="a cancel")
+
     def plans(self, job_id: str) -> list[dict[str, Any]]:
         """Every plan of the job, through all pages."""
         found: list[dict[str, Any]] = []
