@@ -22,10 +22,12 @@ T = TypeVar("T")
 
 TRIES = 5
 FIRST_PAUSE_SECONDS = 0.05
+LONGEST_TRYING_SECONDS = 8.0  # a server that does not even refuse costs seconds a try
 BUSY_MS = 10_000
 POOL_SIZE = 10
-# Serialization failure, deadlock, lock timeout: the transaction has surely not happened, and trying again may well succeed.
-_TRY_AGAIN_STATES = frozenset({"40001", "40P01", "55P03"})
+# Serialization failure, deadlock, lock timeout, idle for too long in the middle of a transaction (a process that was frozen):
+# the transaction has surely not happened, and trying again may well succeed.
+_TRY_AGAIN_STATES = frozenset({"40001", "40P01", "55P03", "25P03"})
 # The server is shutting down, starting, out of connections, or has dropped ours.
 _GONE_STATES = ("08", "57P", "53300")
 _POSTGRES_ARGUMENTS: dict[str, Any] = {
@@ -34,7 +36,8 @@ _POSTGRES_ARGUMENTS: dict[str, Any] = {
     "keepalives_interval": 2,
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,
-    "options": "-c statement_timeout=30000 -c lock_timeout=10000 -c idle_in_transaction_session_timeout=30000",
+    # Who freezes or vanishes in the middle of a transaction loses its locks before those who wait for them give up.
+    "options": "-c statement_timeout=30000 -c lock_timeout=10000 -c idle_in_transaction_session_timeout=4000",
     "application_name": "ollm-service",
 }
 
@@ -115,7 +118,7 @@ class Database:
         return self._run(work, writes=True, recover=recover)
 
     def _run(self, work: Callable[[Connection], T], *, writes: bool, recover: Callable[[Connection], T | None] | None) -> T:
-        is_unknown = False
+        is_unknown, began = False, time.monotonic()
         for trial in range(TRIES):
             progress = _Progress()
             try:
@@ -129,7 +132,7 @@ class Database:
                 if isinstance(error, IntegrityError) or not _is_passing(error):
                     raise
                 is_unknown = is_unknown or (progress.is_committing and not _has_surely_failed(error))
-                if trial == TRIES - 1:
+                if trial == TRIES - 1 or time.monotonic() - began > LONGEST_TRYING_SECONDS:
                     raise self.unavailable(error) from error
             time.sleep(FIRST_PAUSE_SECONDS * 2**trial * (0.5 + random.random() / 2))
         raise AssertionError("unreachable: the last trial returns or raises")
