@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help setup servers demo test lint check bench-dispatch clean
+.PHONY: help setup servers demo test lint check pages bench-dispatch clean
 .DEFAULT_GOAL := help
 
 help: ## say what each target does
@@ -31,6 +31,9 @@ lint: setup ## ruff, mypy --strict and the import contracts
 	.venv/bin/lint-imports
 
 check: lint test ## what CI runs: lint, then test
+
+pages: setup ## write the pages of docs/ that are made from the code
+	$(PY) scripts/write_settings_page.py
 
 bench-dispatch: setup servers ## how fast plans reach workers, and how fast a loss heals
 	@$(PY) bench/dispatch.py --json
