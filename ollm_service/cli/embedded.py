@@ -51,7 +51,7 @@ class EmbeddedService:
         self._server = self._child("server", server_command(), {})
         node = settings.effective_node
         names = [node] if workers == 1 else [f"{node}-{number}" for number in range(1, workers + 1)]
-        self._workers = [self._child(f"worker {name}", worker_command(name), {"OLLM_NODE": name}) for name in names]
+        self._workers = [self._child(f"worker {name}", worker_command(), {"OLLM_NODE": name}) for name in names]
         self._signals = 0
         self._stopping = threading.Event()
 
@@ -180,10 +180,9 @@ def server_command() -> list[str]:
     return [sys.executable, "-m", "ollm_service.api.server"]
 
 
-def worker_command(node: str) -> list[str]:
-    """A worker. Celery's name for it holds the process, so that two workers of one node are not taken for one."""
-    name = f"{node}.{os.getpid()}@%h"
-    return [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "--loglevel", "INFO", "--hostname", name]
+def worker_command() -> list[str]:
+    """A worker."""
+    return [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "--loglevel", "INFO"]
 
 
 def schema_command() -> list[str]:

@@ -34,7 +34,8 @@ def serve() -> None:
 
 def worker() -> None:
     """Run one worker, set up by OLLM_* variables; the same as `celery -A workers.app worker`."""
-    os.execv(sys.executable, worker_command(Settings.load().effective_node))
+    Settings.load()
+    os.execv(sys.executable, worker_command())
 
 
 @database.command("upgrade")

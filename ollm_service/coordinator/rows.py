@@ -3,12 +3,15 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ollm_service.core.errors import InvalidJob, InvalidOption
+from ollm_service.core.errors import InvalidJob, InvalidOption, printable
 from ollm_service.core.leasing import RowError
 from ollm_service.core.options import GenerationConfig
 from ollm_service.store.jobs import NewRow
 
 ROW_FIELDS = ("custom_id", "prompt", "messages", "generation")
+# A sender who cannot make sense of a line of a file sends the reason instead, so that the line is not lost without a trace.
+UNREADABLE = "unreadable"
+LONGEST_REASON = 500
 LONGEST_CUSTOM_ID = 512
 # Settings of chat APIs that we do not offer yet, each with the values that ask for nothing beyond what we do.
 _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
@@ -103,6 +106,8 @@ def _request(row: Any, generation: GenerationConfig) -> dict[str, Any]:
     """What is kept of a row: its prompt or messages, and its own generation settings. Raises _WrongRow."""
     if not isinstance(row, Mapping):
         raise _WrongRow("invalid_row", f"The row is {_kind(row)}, not an object with a prompt or messages.")
+    if isinstance(row.get(UNREADABLE), str):
+        raise _WrongRow("unreadable_row", printable(row[UNREADABLE][:LONGEST_REASON]))
     _refuse_unsupported(row, but=ROW_FIELDS)
     if row.get("custom_id") is not None and not _is_good_id(row["custom_id"]):
         raise _WrongRow("invalid_custom_id", f"custom_id must be a text of 1 to {LONGEST_CUSTOM_ID} characters.")
