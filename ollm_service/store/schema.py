@@ -57,7 +57,7 @@ def _upgrade(connection: Connection) -> None:
 def check_is_current(database: Database) -> None:
     """Raises MisconfiguredService when the schema is missing or of another version, DatabaseUnavailable when nobody answers."""
     if database.is_sqlite and not Path(database.url.database or "").exists():
-        raise MisconfiguredService(f"There is no database at {database.name}.", remedy="Run `ollm-service db upgrade`.")
+        raise _needs_upgrade(f"There is no database at {database.name}")
     try:
         current = database.read(lambda connection: MigrationContext.configure(connection).get_current_revision())
     except DBAPIError as error:
@@ -65,6 +65,9 @@ def check_is_current(database: Database) -> None:
     head = ScriptDirectory.from_config(alembic_config()).get_current_head()
     if current != head:
         problem = "has no schema yet" if current is None else f"has schema {current}, this version needs {head}"
-        raise MisconfiguredService(
-            f"The database {database.name} {problem}: run `ollm-service db upgrade`.", remedy="Run `ollm-service db upgrade`."
-        )
+        raise _needs_upgrade(f"The database {database.name} {problem}")
+
+
+def _needs_upgrade(problem: str) -> MisconfiguredService:
+    remedy = "Run `ollm-service db upgrade`."
+    return MisconfiguredService(f"{problem}. {remedy}", remedy=remedy)
