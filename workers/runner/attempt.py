@@ -40,11 +40,9 @@ class Attempt:
 
     def run(self, model: LoadedModel, passes: AppliedPasses) -> None:
         """Answer all rows and report Finished. Raises StopRequested and PassFailed."""
-        self.pulse.stage = "generating"
         self.measurements.start_generating(model.device)
-        encoded = [encode_row(row, model.tokenizer, model.context_limit) for row in self.command.rows]
-        refused = [row for row in encoded if isinstance(row, RowResult)]
-        runnable = [row for row in encoded if isinstance(row, EncodedRow)]
+        runnable, refused = self._encode_rows(model)
+        self.pulse.stage = "generating"
         if refused and not runnable:
             self._report_results(refused, passes.outcomes(has_run=False), passes)
         batches = MicroBatches(runnable, most_rows=self.command.placement.micro_batch)
@@ -72,6 +70,19 @@ class Attempt:
             reason=f"{failure.pass_id}: {failure.reason}",
             error_type=failure.error_type,
         )
+
+    def _encode_rows(self, model: LoadedModel) -> tuple[list[EncodedRow], list[RowResult]]:
+        self.pulse.stage = "tokenizing"
+        runnable: list[EncodedRow] = []
+        refused: list[RowResult] = []
+        for row in self.command.rows:
+            self.pulse()
+            match encode_row(row, model.tokenizer, model.context_limit):
+                case EncodedRow() as encoded:
+                    runnable.append(encoded)
+                case RowResult() as result:
+                    refused.append(result)
+        return runnable, refused
 
     def _answer(self, model: LoadedModel, batches: MicroBatches) -> list[RowResult] | None:
         """The next micro-batch's results, or None when it was too large for the memory and was put back."""

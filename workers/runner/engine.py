@@ -10,6 +10,7 @@ import threading
 import time
 
 import torch
+from safetensors import SafetensorError
 
 from ollm_service.core.wire import AttemptFailed, Execute, Loaded, Stopped
 from workers.runner.attempt import Attempt
@@ -72,7 +73,7 @@ class Engine:
         with LoadWatch(attempt.report, "loading"):
             try:
                 self._model = generic.load(command)
-            except (OSError, ValueError, RuntimeError, ImportError, MemoryError) as error:
+            except (OSError, ValueError, RuntimeError, ImportError, MemoryError, SafetensorError) as error:
                 raise _load_failure(error) from error
         attempt.measurements.load_seconds = time.monotonic() - started
         attempt.report(Loaded(seconds=attempt.measurements.load_seconds, was_warm=False))

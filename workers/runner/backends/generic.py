@@ -23,7 +23,7 @@ def model_key(command: Execute) -> ModelKey:
 
 
 def load(command: Execute) -> LoadedModel:
-    """Load model and tokenizer in the checkpoint's own dtype. Raises AttemptEnded for a kind that this backend does not run."""
+    """Load model and tokenizer in the checkpoint's own dtype. Raises AttemptEnded for a kind that it does not run."""
     kind = command.runtime_plan.generic_model_kind
     if kind is not GenericModelKind.CAUSAL_LM:
         raise AttemptEnded(
@@ -36,9 +36,7 @@ def load(command: Execute) -> LoadedModel:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers does not annotate it
     folder, device = Path(command.model_dir), torch.device(command.placement.device_id)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    module: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=False, local_files_only=True, use_safetensors=True
-    )
+    module = _load_module(folder)
     nn.Module.to(module, device)
     module.train(mode=False).requires_grad_(requires_grad=False)
     _keep_the_head_small(module)
@@ -53,6 +51,29 @@ def load(command: Execute) -> LoadedModel:
         pad_token=_pad_token(tokenizer, end_tokens),
         open_cache=resident_cache(module),
     )
+
+
+def _load_module(folder: Path) -> PreTrainedModel:
+    """The model with every weight from the checkpoint: transformers would fill those that are missing with random numbers."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="auto",
+        trust_remote_code=False,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    module: PreTrainedModel
+    module, report = loaded
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise AttemptEnded(
+            stage="loading",
+            code="weights_missing",
+            message=f"The checkpoint lacks {len(absent)} of the model's weights, such as {absent[0]}.",
+            error_type="MissingWeights",
+        )
+    return module
 
 
 def _keep_the_head_small(module: PreTrainedModel) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 FORMAT = "ollm-kv-paged"
 SCHEMA_VERSION = 1
 PAGE_TOKENS = 128
+_NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
 @dataclass(slots=True)
@@ -48,12 +49,13 @@ class PageFile:
 
     def __init__(self, folder: Path, layer: int, traffic: Traffic) -> None:
         """Raises OSError where the files cannot be made."""
-        self._fd = os.open(folder / f"layer-{layer:03d}.pages", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        self._manifest = (folder / f"layer-{layer:03d}.jsonl").open("x", encoding="utf-8")
+        self._fd = os.open(folder / f"layer-{layer:03d}.pages", os.O_RDWR | _NEW_FILE, 0o600)
+        self._manifest_fd = os.open(folder / f"layer-{layer:03d}.jsonl", os.O_WRONLY | _NEW_FILE, 0o600)
         self._layer = layer
         self._traffic = traffic
         self._pages: list[Page] = []
         self._end = 0
+        self._manifest_end = 0
         self._dtype: torch.dtype | None = None
 
     @property
@@ -124,7 +126,7 @@ class PageFile:
     def close(self) -> None:
         """Close the files; deleting them is the folder's affair."""
         os.close(self._fd)
-        self._manifest.close()
+        os.close(self._manifest_fd)
 
     def _tensor(self, data: Tensor, shape: tuple[int, ...], rows: Tensor | None, device: torch.device) -> Tensor:
         assert self._dtype is not None
@@ -132,8 +134,8 @@ class PageFile:
         return (tensor if rows is None else tensor[rows]).to(device)
 
     def _note(self, **entry: object) -> None:
-        self._manifest.write(json.dumps(entry) + "\n")
-        self._manifest.flush()
+        line = memoryview(json.dumps(entry).encode() + b"\n")
+        self._manifest_end = _write_all(self._manifest_fd, line, self._manifest_end)
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:

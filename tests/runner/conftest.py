@@ -1,0 +1,29 @@
+"""What do the runner's tests share? An engine that stays warm, and small models on disk."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.runner.models import save_model
+from workers.runner.engine import Engine
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    """One engine for many tests, as one runner serves many plans."""
+    return Engine()
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small model of each family, and a llama without a chat template."""
+    root = tmp_path_factory.mktemp("models")
+    folders = {family: save_model(root / family, family) for family in ("llama", "qwen2", "gpt2")}
+    folders["llama-without-template"] = save_model(root / "no-template", "llama", seed=1, has_chat_template=False)
+    return folders
+
+
+@pytest.fixture
+def llama(model_dirs: dict[str, Path]) -> Path:
+    """The small llama."""
+    return model_dirs["llama"]

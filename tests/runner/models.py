@@ -1,0 +1,81 @@
+"""Which models do the runner's tests use? Small ones with random weights, made and saved by transformers itself."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from scripts.train_demo_model import make_tokenizer
+
+ROOT = Path(__file__).parents[2]
+DEMO_MODEL = ROOT / "demo" / "models" / "sum-chat"
+HELDOUT = ROOT / "demo" / "heldout.jsonl"
+CONTEXT = 1024
+# Wide enough that random weights give varied answers.
+_SPREAD = 0.3
+
+
+def config_of(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    """A two-layer configuration of the family; llama and qwen2 have grouped key heads and a gated MLP, gpt2 has neither."""
+    tokens: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": _SPREAD,
+    }
+    if family == "gpt2":
+        return GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, **tokens)
+    gated: Any = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
+    config: PreTrainedConfig = gated(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        **tokens,
+    )
+    return config
+
+
+def save_model(folder: Path, family: str, *, seed: int = 0, has_chat_template: bool = True) -> Path:
+    """Make a float32 model of the family, whose characters are tokens, and save it in `folder`."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]  # transformers does not annotate it
+        config_of(family, tokenizer)
+    )
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers does not annotate it
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(folder)
+    if not has_chat_template:
+        tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def plain_greedy(folder: Path, prompt: str, max_new_tokens: int) -> str:
+    """What transformers itself generates for one prompt alone, greedily."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,160 @@
+"""What becomes of a plan: a warm or a fresh model, a stop, a lack of memory, a folder that does not load?"""
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ollm_service.core.wire import AttemptFailed, BatchDone, BatchStarted, Finished, Loaded, Message, Progress, Stopped
+from tests.runner.commands import make_command, of_kind, only, results_of, run, work_row
+from workers.runner.attempt import Attempt
+from workers.runner.backends import generic
+from workers.runner.engine import Engine
+from workers.runner.memory import is_out_of_memory
+from workers.runner.model import LoadedModel
+from workers.runner.passes.specialization import AppliedPasses
+from workers.runner.progress import Pulse
+
+
+def test_a_warm_model_is_not_loaded_again(llama: Path, model_dirs: dict[str, Path]) -> None:
+    """The second plan for a model finds it warm; another model takes its place, and each answers as itself."""
+    engine, rows = Engine(), [work_row(0, "hello", max_new_tokens=6)]
+    runs = [run(engine, make_command(folder, rows)) for folder in (llama, llama, model_dirs["gpt2"], llama)]
+    assert [only(messages, Loaded).was_warm for messages in runs] == [False, True, False, False]
+    assert only(runs[1], Loaded).seconds == 0
+    texts = [results_of(messages)[0].text for messages in runs]
+    assert texts[0] == texts[1] == texts[3] != texts[2]
+
+
+def test_measured_counts_add_up(engine: Engine, llama: Path) -> None:
+    """The last message counts the tokens of all results, and the memory and seconds that they took."""
+    rows = [work_row(index, "hello", max_new_tokens=4) for index in range(5)]
+    messages = run(engine, make_command(llama, rows, micro_batch=2))
+    measured = only(messages, Finished).measured
+    results = results_of(messages).values()
+    assert measured["completion_tokens"] == sum(result.completion_tokens for result in results)
+    assert measured["prompt_tokens"] == sum(result.prompt_tokens for result in results)
+    assert (measured["micro_batches"], measured["largest_micro_batch"]) == (3, 2)
+    assert measured["peak_host_bytes"] > 50_000_000
+    assert measured["tokens_per_second"] > 0
+
+
+def test_a_stop_ends_the_plan_between_steps(engine: Engine, llama: Path) -> None:
+    """After a stop nothing more is generated, the last message is Stopped, and the next plan runs as if nothing had been."""
+    messages, stop = [], threading.Event()
+
+    def report(message: Message) -> None:
+        messages.append(message)
+        if isinstance(message, BatchStarted) and len(of_kind(messages, BatchStarted)) == 2:
+            stop.set()
+
+    rows = [work_row(index, "hello", max_new_tokens=4) for index in range(3)]
+    engine.execute(make_command(llama, rows, micro_batch=1), report, stop)
+    assert isinstance(messages[-1], Stopped)
+    assert len(of_kind(messages, BatchDone)) == 1
+    assert set(results_of(run(engine, make_command(llama, rows)))) == {0, 1, 2}
+
+
+@pytest.fixture
+def cramped_model(llama: Path) -> LoadedModel:
+    """A model whose memory holds two rows at a time, and none of 60 positions or more."""
+    model = generic.load(make_command(llama, [work_row(0, "x")]))
+
+    def refuse(_module: Any, _arguments: Any, named: dict[str, Any]) -> None:
+        rows, positions = named["input_ids"].shape
+        if rows > 2 or positions >= 60:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.module.register_forward_pre_hook(refuse, with_kwargs=True)
+    return model
+
+
+def test_a_micro_batch_out_of_memory_is_halved(cramped_model: LoadedModel, llama: Path) -> None:
+    """Too many rows for the memory are tried again as halves; every row is answered once, and the halvings are measured."""
+    rows = [work_row(index, "hello", max_new_tokens=3) for index in range(8)]
+    messages = attempt_with(cramped_model, llama, rows)
+    assert set(results_of(messages)) == set(range(8))
+    assert [len(message.rows) for message in of_kind(messages, BatchStarted)] == [8, 4, 2, 2, 2, 2]
+    assert only(messages, Finished).measured["memory_halvings"] == 2
+
+
+def test_a_row_that_never_fits_gets_an_error(cramped_model: LoadedModel, llama: Path) -> None:
+    """A row that runs out of memory alone fails alone."""
+    rows = [work_row(0, "x" * 70), *(work_row(index, "hello", max_new_tokens=3) for index in (1, 2, 3))]
+    found = results_of(attempt_with(cramped_model, llama, rows))
+    assert found[0].error is not None
+    assert found[0].error.code == "generation_failed"
+    assert all(found[index].error is None for index in (1, 2, 3))
+
+
+def attempt_with(model: LoadedModel, folder: Path, rows: list[Any]) -> list[Message]:
+    """The messages of an attempt on this very model."""
+    messages: list[Message] = []
+    command = make_command(folder, rows)
+    Attempt(command, messages.append, Pulse(messages.append, threading.Event())).run(model, AppliedPasses(()))
+    return messages
+
+
+def test_what_is_not_a_number_fails_its_rows_alone(llama: Path) -> None:
+    """A row whose logits are not numbers gets an error; its neighbours are answered."""
+    model = generic.load(make_command(llama, [work_row(0, "x")]))
+
+    def spoil(_module: Any, _arguments: Any, output: Any) -> Any:
+        output.logits[0] = torch.nan
+        return output
+
+    hook = model.module.register_forward_hook(spoil)
+    found = results_of(attempt_with(model, llama, [work_row(0, "hello", max_new_tokens=1), work_row(1, "hi", max_new_tokens=1)]))
+    hook.remove()
+    assert found[0].error is not None
+    assert found[1].error is None
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: not enough memory: you tried…"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_a_lack_of_memory_is_recognised(error: BaseException, is_one: bool) -> None:
+    """Errors of torch's allocators count as a lack of memory, others do not."""
+    assert is_out_of_memory(error) is is_one
+
+
+def test_a_model_that_does_not_load_fails_the_attempt(engine: Engine, llama: Path, tmp_path: Path) -> None:
+    """Broken or missing weights are reported as a failed load, and the engine goes on with other models."""
+    broken = tmp_path / "broken"
+    shutil.copytree(llama, broken)
+    rows = [work_row(0, "hello", max_new_tokens=2)]
+    for content, code in ((b"not a header", "load_failed"), (b"\x08\0\0\0\0\0\0\0{}      ", "weights_missing")):
+        (broken / "model.safetensors").write_bytes(content)
+        failure = only(run(engine, make_command(broken, rows)), AttemptFailed)
+        assert (failure.stage, failure.code) == ("loading", code)
+    assert set(results_of(run(engine, make_command(llama, rows)))) == {0}
+
+
+def test_loading_reports_that_it_is_alive(llama: Path) -> None:
+    """The first message of a load is progress, before the model is there."""
+    messages = run(Engine(), make_command(llama, [work_row(0, "hello", max_new_tokens=2)]))
+    kinds = [type(message) for message in messages]
+    assert kinds[0] is Progress
+    assert kinds.index(Loaded) < kinds.index(BatchStarted)
+
+
+def test_long_work_reports_at_most_once_a_second() -> None:
+    """Work that beats often reports once a second, with the stage and the tokens so far."""
+    times = iter([0.0, 0.5, 1.0, 1.2, 1.9, 2.1])
+    messages: list[Message] = []
+    pulse = Pulse(messages.append, threading.Event(), clock=lambda: next(times))
+    pulse.stage = "generating"
+    for tokens in range(5):
+        pulse.tokens = tokens
+        pulse()
+    assert messages == [Progress(stage="generating", tokens=1), Progress(stage="generating", tokens=4)]

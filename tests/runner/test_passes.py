@@ -1,0 +1,184 @@
+"""How do passes end, and what do they leave behind? Evidence from real forward passes, and no file."""
+
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from ollm_service.core.leasing import WorkRow
+from ollm_service.core.options import KVCacheStrategy
+from ollm_service.core.passes import Applied, Failed, NotNeeded
+from ollm_service.core.plan import PassId
+from ollm_service.core.wire import BatchDone, BatchStarted, Execute, Finished, Message, SpecializationFailed
+from tests.runner.commands import first_outcomes, make_command, of_kind, only, results_of, run, work_row
+from workers.runner.engine import Engine
+from workers.runner.kv.folder import PrivateFolder, delete_orphans
+from workers.runner.kv.pages import PageFile, Traffic
+
+DISK, CHUNKS = PassId.DISK_CACHE, PassId.MLP_CHUNKING
+# Of the small llama: 2 layers, keys and values, 2 key heads of 8 floats.
+BYTES_PER_TOKEN = 2 * 2 * 2 * 8 * 4
+
+
+def paged_command(
+    model: Path,
+    rows: Sequence[WorkRow],
+    cache_dir: Path | None,
+    *,
+    passes: Sequence[PassId] = (DISK,),
+    chunk_rows: int | None = None,
+) -> Execute:
+    """A plan with the cache in files."""
+    return make_command(model, rows, passes=passes, kv=KVCacheStrategy.PAGED, cache_dir=cache_dir, chunk_rows=chunk_rows)
+
+
+def test_disk_cache_counts_every_byte_it_writes(engine: Engine, llama: Path, tmp_path: Path) -> None:
+    """The evidence is the prompt's keys and values to the byte; the few tokens generated since stay in memory."""
+    messages = run(engine, paged_command(llama, [work_row(0, "x" * 299, max_new_tokens=5)], tmp_path))
+    written = 300 * BYTES_PER_TOKEN
+    assert first_outcomes(messages)[DISK] == Applied(evidence=f"{written:,} bytes written in 6 pages")
+    measured = only(messages, Finished).measured
+    assert measured["kv_bytes_written"] == written
+    # Each later token reads everything back once.
+    assert measured["kv_bytes_read"] == 4 * written
+
+
+def test_disk_cache_leaves_no_file(engine: Engine, llama: Path, tmp_path: Path) -> None:
+    """While a micro-batch runs its pages lie in a private folder; afterwards the cache folder is empty."""
+    folders: list[list[Path]] = []
+
+    def look(_message: Message) -> None:
+        folders.append(list(tmp_path.iterdir()))
+
+    engine.execute(paged_command(llama, [work_row(0, "hello", max_new_tokens=3)], tmp_path), look, threading.Event())
+    assert max(map(len, folders)) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_disk_cache_is_not_needed_in_memory(engine: Engine, llama: Path, tmp_path: Path) -> None:
+    """Where the placement keeps the cache in memory the pass is not needed, and makes no folder."""
+    messages = run(engine, make_command(llama, [work_row(0, "hello", max_new_tokens=3)], passes=(DISK,), cache_dir=tmp_path))
+    assert isinstance(first_outcomes(messages)[DISK], NotNeeded)
+    assert not list(tmp_path.iterdir())
+
+
+def test_disk_cache_fails_before_any_row(engine: Engine, llama: Path, tmp_path: Path) -> None:
+    """A cache folder that cannot be made fails the pass before a row is in flight; the other pass was given up for it."""
+    in_the_way = tmp_path / "file"
+    in_the_way.touch()
+    command = paged_command(llama, [work_row(0, "hello")], in_the_way, passes=(CHUNKS, DISK))
+    messages = run(engine, command)
+    failure = only(messages, SpecializationFailed)
+    assert isinstance(failure.outcomes[DISK], Failed)
+    assert isinstance(failure.outcomes[CHUNKS], NotNeeded)
+    assert failure.reason.startswith("disk-cache: ")
+    assert failure.error_type == "FileExistsError"
+    assert not of_kind(messages, BatchStarted)
+
+
+def test_disk_cache_needs_a_folder_and_a_known_strategy(engine: Engine, llama: Path, tmp_path: Path) -> None:
+    """Without a cache folder, or with a strategy that the runner does not have, the pass fails."""
+    rows = [work_row(0, "hello")]
+    assert only(run(engine, paged_command(llama, rows, None)), SpecializationFailed).error_type == "NoCacheFolder"
+    ring = make_command(llama, rows, passes=(DISK,), kv=KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER, cache_dir=tmp_path)
+    assert only(run(engine, ring), SpecializationFailed).error_type == "UnknownStrategy"
+
+
+def test_chunks_are_counted(engine: Engine, llama: Path) -> None:
+    """The evidence counts the chunks of split passes only: here the prompt's 20 rows in 3 chunks for each of 2 layers."""
+    command = make_command(llama, [work_row(0, "x" * 19, max_new_tokens=4)], passes=(CHUNKS,), chunk_rows=8)
+    messages = run(engine, command)
+    assert first_outcomes(messages)[CHUNKS] == Applied(evidence="6 chunks of at most 8 rows")
+    assert only(messages, Finished).measured["mlp_chunks"] == 6
+
+
+@pytest.mark.parametrize("chunk_rows", [64, None])
+def test_chunks_are_not_needed_for_few_rows(engine: Engine, llama: Path, chunk_rows: int | None) -> None:
+    """Where one chunk holds every forward pass nothing was chunked, and the reason says how many rows there were."""
+    command = make_command(llama, [work_row(0, "x" * 19, max_new_tokens=4)], passes=(CHUNKS,), chunk_rows=chunk_rows)
+    outcome = first_outcomes(run(engine, command))[CHUNKS]
+    assert isinstance(outcome, NotNeeded)
+    assert "20 rows" in outcome.reason
+
+
+def test_chunking_fails_without_a_gated_mlp(engine: Engine, model_dirs: dict[str, Path]) -> None:
+    """GPT-2 has no gated MLP, so the pass fails and no row is answered."""
+    messages = run(engine, make_command(model_dirs["gpt2"], [work_row(0, "hello")], passes=(CHUNKS,)))
+    assert only(messages, SpecializationFailed).outcomes[CHUNKS] == Failed(
+        reason="the model has no gated MLP", error_type="NoGatedMlp"
+    )
+    assert not of_kind(messages, BatchDone)
+
+
+def test_an_unknown_pass_fails(engine: Engine, llama: Path) -> None:
+    """A planned pass that this runner does not have fails, by name."""
+    failure = only(run(engine, make_command(llama, [work_row(0, "x")], passes=(PassId.CPU_OFFLOAD,))), SpecializationFailed)
+    assert isinstance(failure.outcomes[PassId.CPU_OFFLOAD], Failed)
+
+
+def test_passes_leave_the_warm_model_as_it_was(engine: Engine, llama: Path, tmp_path: Path) -> None:
+    """After a specialized plan a generic one runs on the same warm model and writes and chunks nothing."""
+    rows = [work_row(0, "x" * 30, max_new_tokens=4)]
+    special = run(engine, paged_command(llama, rows, tmp_path, passes=(DISK, CHUNKS), chunk_rows=4))
+    plain = run(engine, make_command(llama, rows))
+    assert results_of(special) == results_of(plain)
+    assert not {"mlp_chunks", "kv_bytes_written"} & set(only(plain, Finished).measured)
+
+
+def test_a_plan_whose_rows_are_all_refused_needs_no_pass(engine: Engine, llama: Path, tmp_path: Path) -> None:
+    """Where no row can run, every planned pass ends as not needed."""
+    messages = run(engine, paged_command(llama, [work_row(0, None)], tmp_path, passes=(DISK, CHUNKS)))
+    assert first_outcomes(messages) == {pass_id: NotNeeded(reason="no row could run") for pass_id in (DISK, CHUNKS)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pages_hold_the_very_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
+    """What is read back equals what was written, of the rows that are kept; the manifest says where each page lies."""
+    traffic = Traffic()
+    file = PageFile(tmp_path, 3, traffic)
+    pages = [(torch.randn(4, 2, tokens, 8).to(dtype), torch.randn(4, 2, tokens, 6).to(dtype)) for tokens in (128, 5)]
+    for keys, values in pages:
+        file.append(keys, values)
+    file.keep_rows(torch.tensor([3, 1, 0]))
+    file.keep_rows(torch.tensor([0, 2]))
+    keys_read, values_read = file.read(torch.device("cpu"))
+    file.close()
+    assert all(torch.equal(found, keys[[3, 0]]) for found, (keys, _) in zip(keys_read, pages, strict=True))
+    assert all(torch.equal(found, values[[3, 0]]) for found, (_, values) in zip(values_read, pages, strict=True))
+    header, *entries = map(json.loads, (tmp_path / "layer-003.jsonl").read_text().splitlines())
+    assert header == {"format": "ollm-kv-paged", "schema_version": 1, "layer": 3, "dtype": str(dtype).removeprefix("torch.")}
+    assert [entry["tokens"] for entry in entries] == [[0, 128], [128, 133]]
+    data = (tmp_path / "layer-003.pages").read_bytes()
+    assert len(data) == traffic.bytes_written == sum(entry[part]["bytes"] for entry in entries for part in ("key", "value"))
+    offset = entries[1]["offset"]
+    assert data[offset : offset + entries[1]["key"]["bytes"]] == bytes(pages[1][0].view(torch.uint8).flatten().tolist())
+
+
+def test_a_truncated_page_file_is_an_error(tmp_path: Path) -> None:
+    """A file that lost bytes is never read as if it were whole."""
+    file = PageFile(tmp_path, 0, Traffic())
+    file.append(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))
+    (tmp_path / "layer-000.pages").write_bytes(b"")
+    with pytest.raises(OSError, match="ends after 0 of 256 bytes"):
+        file.read(torch.device("cpu"))
+    file.close()
+
+
+def test_orphans_are_deleted_and_owned_folders_are_not(tmp_path: Path) -> None:
+    """A folder whose owner is gone is deleted; one that is in use, a foreign one and a link out of the cache folder stay."""
+    owned = PrivateFolder(tmp_path)
+    orphan, foreign, outside = tmp_path / "kv-orphan", tmp_path / "kv-foreign", tmp_path / "outside"
+    for folder in (orphan, foreign, outside):
+        folder.mkdir()
+    (orphan / "owner.lock").touch()
+    (outside / "owner.lock").touch()
+    (tmp_path / "kv-link").symlink_to(outside)
+    assert delete_orphans(tmp_path) == 1
+    assert not orphan.exists()
+    assert foreign.exists()
+    assert (outside / "owner.lock").exists()
+    owned.delete()
+    assert not owned.path.exists()
