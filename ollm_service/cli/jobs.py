@@ -1,5 +1,7 @@
 """Which commands work on jobs? Submit, list, follow, read, cancel and retry them."""
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +22,11 @@ from ollm_service.cli.output import (
 )
 from ollm_service.cli.progress import shown
 from ollm_service.cli.result_file import ResultFile, check_writable
-from ollm_service.client import Client, Job
-from ollm_service.core.errors import InvalidOption
+from ollm_service.client import Client, Job, Result
+from ollm_service.core.errors import InvalidOption, printable
 from ollm_service.core.lifecycle import JobState
+
+MOST_ERRORS = 3
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, job_…", show_default=False)]
 Output = Annotated[
@@ -127,7 +131,7 @@ def watch(job_id: JobId, as_json: AsJson = False) -> None:
         job = client.job(job_id)
         with shown(client, job.id, quiet=as_json):
             job.wait()
-        _conclude(job, as_json=as_json)
+        _conclude(job, Counter(), as_json=as_json)
 
 
 def results(
@@ -141,7 +145,8 @@ def results(
     with Client() as client:
         job = client.job(job_id)
         if output is None:
-            _print_results(job, follow_on=follow_on, only_failed=failed)
+            found = job.results(follow=follow_on)
+            _print_results(result for result in found if result.error is not None or not failed)
             return
         if failed:
             raise InvalidOption("--failed", "cannot be combined with --output")
@@ -192,13 +197,14 @@ def retry(
 
 def follow(client: Client, job: Job, output: Path | None, *, as_json: bool) -> None:
     """Take a job's results as they come, to a file or to standard output. Exits 1 unless every row was answered."""
+    errors: Counter[str] = Counter()
     with shown(client, job.id, quiet=as_json):
         if output is None:
-            _print_results(job, follow_on=True, only_failed=False)
+            _print_results(_counting(job.results(), errors))
         else:
             collected = ResultFile.open(output, job.id)
             try:
-                for result in job.results(after=collected.cursor):
+                for result in _counting(job.results(after=collected.cursor), errors):
                     collected.append(result)
                 collected.finish()
             finally:
@@ -206,12 +212,19 @@ def follow(client: Client, job: Job, output: Path | None, *, as_json: bool) -> N
     job.refresh()
     if output is not None and not as_json:
         tell(f"{output} has the {count(job.counts.done, 'result')}.")
-    _conclude(job, as_json=as_json and output is not None)
+    _conclude(job, errors, as_json=as_json and output is not None)
 
 
-def _print_results(job: Job, *, follow_on: bool, only_failed: bool) -> None:
-    found = job.results(follow=follow_on)
-    print_json_lines(result.raw for result in found if result.error is not None or not only_failed)
+def _counting(results: Iterable[Result], errors: Counter[str]) -> Iterator[Result]:
+    """The same results, while their errors are counted by what they say."""
+    for result in results:
+        if result.error is not None:
+            errors[f"{result.error.code}: {result.error.message}"] += 1
+        yield result
+
+
+def _print_results(results: Iterable[Result]) -> None:
+    print_json_lines(result.raw for result in results)
 
 
 def _announce(job: Job, *, quiet: bool) -> None:
@@ -225,13 +238,15 @@ def _announce(job: Job, *, quiet: bool) -> None:
             tell(f"It waits: {plan.condition} (`ollm-service explain {plan.id}` says why).")
 
 
-def _conclude(job: Job, *, as_json: bool) -> None:
+def _conclude(job: Job, errors: Counter[str], *, as_json: bool) -> None:
     """Say how it ended, and exit 1 unless every row was answered."""
     if as_json:
         print_json(job.status.raw)
     if job.state is JobState.SUCCEEDED and not job.counts.failed:
         return
     if not as_json:
+        for error, rows in errors.most_common(MOST_ERRORS):
+            tell(f"{count(rows, 'row')} failed with {printable(error)}")
         tell(
             f"{job.id} is {job.state}: {count(job.counts.failed, 'row')} failed. See them with "
             f"`ollm-service results {job.id} --failed`, try them again with `ollm-service retry {job.id} --failed`."

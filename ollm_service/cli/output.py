@@ -17,6 +17,7 @@ from ollm_service.core.errors import (
     ModelNotFound,
     OllmError,
     PlanNotExecutable,
+    printable,
 )
 
 FAILED = 1
@@ -75,7 +76,7 @@ def print_json_lines(values: Iterable[Any]) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table. Where nobody looks, its columns are only aligned and nothing is cut off."""
-    texts = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    texts = [["" if cell is None else printable(str(cell)) for cell in row] for row in rows]
     if sys.stdout.isatty():
         table = Table(box=None, pad_edge=False, header_style="bold")
         for number, column in enumerate(columns):
@@ -92,7 +93,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
 
 def print_facts(facts: Mapping[str, object]) -> None:
     """Names and values below each other; values that are not there are left out."""
-    shown = {name: str(value) for name, value in facts.items() if value is not None and value != ""}
+    shown = {name: printable(str(value)) for name, value in facts.items() if value is not None and value != ""}
     width = max((len(name) for name in shown), default=0)
     for name, value in shown.items():
         say(f"{name.ljust(width)}  {value}")
