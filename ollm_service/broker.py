@@ -47,7 +47,9 @@ def make_celery(url: str) -> Celery:
             remedy="Use redis://…, amqp://…, or memory:// for polling only.",
         )
     app = Celery("ollm", set_as_current=False)
-    app.conf.update(broker_url=url, broker_transport_options=_transport_options(scheme), **_SETTINGS)
+    # Without a host, kombu warns at every connection.
+    address = f"{MEMORY_BROKER}localhost//" if scheme == "memory" else url
+    app.conf.update(broker_url=address, broker_transport_options=_transport_options(scheme), **_SETTINGS)
     app.conf.task_queues = (Queue(IDLE_QUEUE, Exchange(IDLE_QUEUE), routing_key=IDLE_QUEUE),)
     app.conf.worker_disable_prefetch = scheme in ("redis", "rediss")  # a busy worker leaves hints to the idle ones
     app.conf.worker_enable_remote_control = scheme != "memory"
@@ -91,7 +93,7 @@ class Hints:
         self._is_up: bool | None = None
         self._connection: Connection | None = None
         self._thread: threading.Thread | None = None
-        if str(app.conf.broker_url) != MEMORY_BROKER:
+        if not str(app.conf.broker_url).startswith(MEMORY_BROKER):
             self._thread = threading.Thread(target=self._run, name="hints", daemon=True)
             self._thread.start()
 

@@ -10,7 +10,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NoReturn
 
@@ -28,7 +28,7 @@ from workers.attempt import Patience
 from workers.hints import Hints
 from workers.inventory import Inventory
 from workers.log_lines import set_up_logging
-from workers.model_shelf import ModelShelf
+from workers.model_shelf import RESCAN_SECONDS, ModelShelf
 from workers.probe import Claims, Probe
 from workers.slots import Slot, Slots
 from workers.supervisor import DEFAULT_COMMAND, RunnerProcess, Spawner
@@ -87,7 +87,7 @@ class Worker:
     def start(self) -> None:
         """Open the database and begin. Raises OllmError."""
         self._store = self._open_database()
-        self._agent = _make_agent(self._settings, self._worker_id, self._store, self._hints)
+        self._agent = make_agent(self._settings, self._worker_id, self._store, hints=self._hints, on_end=_end_celery)
         self._agent.start()
 
     def attach(self, consumer: Any) -> None:
@@ -163,7 +163,17 @@ class AgentStep(bootsteps.StartStopStep):
         self.worker.attach(parent.consumer)
 
 
-def _make_agent(settings: Settings, worker_id: str, store: Store, hints: Hints | None) -> Agent:
+def make_agent(
+    settings: Settings,
+    worker_id: str,
+    store: Store,
+    *,
+    hints: Hints | None = None,
+    on_end: Callable[[int], None] | None = None,
+    patience: Patience | None = None,
+    rescan_seconds: float = RESCAN_SECONDS,
+) -> Agent:
+    """An agent by these settings, not yet started."""
     command = tuple(shlex.split(settings.runner_command)) or DEFAULT_COMMAND
     environment = _runner_environment(os.environ)
     claims = Claims(
@@ -174,14 +184,14 @@ def _make_agent(settings: Settings, worker_id: str, store: Store, hints: Hints |
     )
     spawner = Spawner()
     slots = Slots([Slot(number, RunnerProcess(spawner, command, environment=environment)) for number in range(settings.slots)])
-    shelf = ModelShelf(settings.models_dir, DigestCache(settings.data_dir / DIGESTS))
+    shelf = ModelShelf(settings.models_dir, DigestCache(settings.data_dir / DIGESTS), rescan_seconds=rescan_seconds)
     inventory = Inventory(Probe(claims, environment), shelf, slots, settings.effective_cache_dir)
     terms = Terms(
         models_dir=settings.models_dir,
         drain_seconds=settings.drain_seconds,
-        patience=Patience(stall=settings.stall_seconds),
+        patience=patience or Patience(stall=settings.stall_seconds),
     )
-    return Agent(worker_id, store, inventory, shelf, slots, terms, hints=hints, on_end=_end_celery)
+    return Agent(worker_id, store, inventory, shelf, slots, terms, hints=hints, on_end=on_end)
 
 
 def _runner_environment(environment: Mapping[str, str]) -> dict[str, str]:

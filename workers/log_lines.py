@@ -21,14 +21,14 @@ class FieldFormatter(logging.Formatter):
 
 
 def set_up_logging(level: int) -> None:
-    """Log to standard error. Celery's own lines about single messages are left to level DEBUG."""
+    """Log to standard error. What others say about single messages and schema checks is left to level DEBUG."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(FieldFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
     if level > logging.DEBUG:
-        for chatty in ("celery.worker.strategy", "celery.app.trace"):
+        for chatty in ("celery.worker.strategy", "celery.app.trace", "alembic"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
