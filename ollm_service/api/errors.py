@@ -88,8 +88,8 @@ def install_error_responses(app: FastAPI) -> None:
         if error.status_code == 404:
             return error_response(NotFound(f"There is nothing at {path}.", remedy="The endpoints are listed at /docs."))
         if error.status_code == 405:
-            allowed = (error.headers or {}).get("allow", "another method")
-            return error_response(MethodNotAllowed(f"{request.method} is not allowed at {path}.", remedy=f"Use {allowed}."))
+            problem = f"{request.method} is not allowed at {path}."
+            return error_response(MethodNotAllowed(problem, remedy="The endpoints and their methods are listed at /docs."))
         wrong = RequestError(str(error.detail))
         wrong.status = error.status_code
         return error_response(wrong)

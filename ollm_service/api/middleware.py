@@ -175,7 +175,8 @@ class BodyLimit:
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self._most_bytes:
-                await _linger(receive)
+                if message.get("more_body", False):
+                    await _linger(receive)
                 raise self._too_large()
             return message
 

@@ -77,24 +77,22 @@ class AddressUnavailable(OllmError):
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises MisconfiguredService, AddressUnavailable and DatabaseUnavailable at the start."""
     check_is_safe(settings)
-    bound = bind(settings)
-    service = build(settings)
-    upkeep = Upkeep(service)
-    config = uvicorn.Config(
-        create_app(service),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
-    upkeep.start()
-    try:
-        Server(config, url=_url(settings, bound), service=service).run(sockets=[bound])
-    finally:
-        service.stopping.set()
-        upkeep.stop()
-        service.close()
+    with bind(settings) as bound, build(settings) as service:
+        config = uvicorn.Config(
+            create_app(service),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+        upkeep = Upkeep(service)
+        upkeep.start()
+        try:
+            Server(config, url=_url(settings, bound), service=service).run(sockets=[bound])
+        finally:
+            service.stopping.set()
+            upkeep.stop()
 
 
 def _url(settings: Settings, bound: socket.socket) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -10,23 +10,8 @@ from ollm_service.coordinator.fleet import Verdict
 from ollm_service.core.wire import to_json
 from ollm_service.store.views import AttemptView, EventView, JobView, PlanDetail, PlanView
 
-Item = TypeVar("Item", bound=BaseModel)
+Item = TypeVar("Item", "PlanBody", "JobBody")
 PLANS_SHOWN = 100
-
-
-class Page(BaseModel, Generic[Item]):
-    """One page of a list; `next` is the `after` of the next page."""
-
-    object: Literal["list"] = "list"
-    data: list[Item]
-    has_more: bool
-    next: str | None = None
-
-    @classmethod
-    def of(cls, items: Sequence[Item], *, limit: int, key: str = "id") -> "Page[Item]":
-        """A page of at most `limit` items out of one more than that, where there are more."""
-        shown, has_more = list(items[:limit]), len(items) > limit
-        return cls(data=shown, has_more=has_more, next=str(getattr(shown[-1], key)) if has_more else None)
 
 
 class Counts(BaseModel):
@@ -142,6 +127,29 @@ class JobBody(BaseModel):
     created_at: str
     finished_at: str | None
     deadline_at: str | None
+
+
+class Page(BaseModel, Generic[Item]):
+    """One page of a list; `next` is the `after` of the next page."""
+
+    object: Literal["list"] = "list"
+    data: list[Item]
+    has_more: bool
+    next: str | None = None
+
+    @classmethod
+    def of(cls, items: Sequence[Item], *, limit: int) -> Self:
+        """A page of at most `limit` items out of one more than that, where there are more."""
+        shown, has_more = list(items[:limit]), len(items) > limit
+        return cls(data=shown, has_more=has_more, next=shown[-1].id if has_more else None)
+
+
+class JobPage(Page[JobBody]):
+    """Jobs, newest first, without their plans."""
+
+
+class PlanPage(Page[PlanBody]):
+    """A job's plans, in order."""
 
 
 class RowProblem(BaseModel):

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Self
 
 from ollm_service.broker import Hints
 from ollm_service.coordinator.fleet import Fleet
@@ -22,6 +23,12 @@ class Service:
     fleet: Fleet
     make_id: Callable[[str], str]
     stopping: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Let go of the broker and the database."""

@@ -86,7 +86,7 @@ class Upkeep:
         for loop in self._loops:
             loop.start()
 
-    def stop(self, *, timeout: float = 10.0) -> None:
+    def stop(self, *, timeout: float = 5.0) -> None:
         """End every loop; a turn that hangs on a dead database is left behind after `timeout` seconds."""
         for loop in self._loops:
             loop.stop(timeout=timeout)

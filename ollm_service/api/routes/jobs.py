@@ -8,7 +8,7 @@ from ollm_service.api.openapi import body_of, failures
 from ollm_service.api.requests import JobRequest, RetryRequest, body_digest, parse_body
 from ollm_service.api.results import stream_results
 from ollm_service.api.routes.access import After, Limit, RawBody, ServiceHere
-from ollm_service.api.shapes import PLANS_SHOWN, JobBody, Page, PlanBody, job_body, plan_body
+from ollm_service.api.shapes import PLANS_SHOWN, JobBody, JobPage, PlanPage, job_body, plan_body
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
 from ollm_service.coordinator.submission import Submission, Submitted, retry, submit
 from ollm_service.store.views import JobView
@@ -46,10 +46,10 @@ def submit_job(service: ServiceHere, raw: RawBody, response: Response) -> JobBod
 
 
 @router.get("", operation_id="listJobs", summary="List jobs, newest first", responses=failures(400, 401, 503))
-def list_jobs(service: ServiceHere, after: After = None, limit: Limit = 100) -> Page[JobBody]:
+def list_jobs(service: ServiceHere, after: After = None, limit: Limit = 100) -> JobPage:
     """Jobs without their plans."""
     jobs = service.store.jobs.list(DEFAULT_TENANT, after=after, limit=limit + 1)
-    return Page.of([job_body(job, ()) for job in jobs], limit=limit)
+    return JobPage.of([job_body(job, ()) for job in jobs], limit=limit)
 
 
 @router.get("/{job_id}", operation_id="getJob", summary="Show a job", responses=failures(401, 404, 503))
@@ -59,10 +59,10 @@ def get_job(service: ServiceHere, job_id: str, plans: PlansShown = PLANS_SHOWN) 
 
 
 @router.get("/{job_id}/plans", operation_id="listPlans", summary="List a job's plans", responses=failures(400, 401, 404, 503))
-def list_plans(service: ServiceHere, job_id: str, after: After = None, limit: Limit = 100) -> Page[PlanBody]:
+def list_plans(service: ServiceHere, job_id: str, after: After = None, limit: Limit = 100) -> PlanPage:
     """All plans of a job, in order."""
     plans = service.store.jobs.plans(job_id, DEFAULT_TENANT, after=after, limit=limit + 1)
-    return Page.of([plan_body(plan) for plan in plans], limit=limit)
+    return PlanPage.of([plan_body(plan) for plan in plans], limit=limit)
 
 
 @router.post("/{job_id}/cancel", operation_id="cancelJob", summary="Cancel a job", responses=failures(401, 404, 503))
