@@ -140,7 +140,9 @@ class Database:
     @contextmanager
     def _transaction(self, *, writes: bool, progress: "_Progress") -> Iterator[Connection]:
         with self.engine.connect() as plain:
-            connection = plain.execution_options(writes=writes)
+            # A read of several statements sees one moment, as on SQLite: counts that sum, whatever commits in between.
+            level = {} if writes or self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
+            connection = plain.execution_options(writes=writes, **level)
             transaction = connection.begin()
             try:
                 yield connection
