@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ollm_service.core.errors import InvalidExpression
+from ollm_service.core.errors import InvalidExpression, shown
 
 Attributes = Mapping[str, str | float]
 _LONGEST = 1000
@@ -163,7 +163,7 @@ class _Parser:
         self.position = found.end()
 
     def _refuse(self, expected: str) -> None:
-        met = f"`{self.token}`" if self.kind != "end" else "the end"
+        met = f"`{shown(self.token)}`" if self.kind != "end" else "the end"
         raise InvalidExpression(
             f"Expected {expected} but met {met} in the label expression.",
             param="where",

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import PurePosixPath
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from ollm_service.core.errors import RequestError
 from ollm_service.core.leasing import RowResult, WorkRow
 from ollm_service.core.options import RuntimeConfig
 from ollm_service.core.passes import PassOutcome
@@ -137,10 +138,10 @@ Message = (
 )
 
 
-def encode_message(message: Message) -> bytes:
-    """One frame. Raises ValueError for one over 1 GiB."""
+def encode_message(message: Message, *, longest: int = LONGEST_FRAME) -> bytes:
+    """One frame. Raises ValueError for a body of more than `longest` bytes."""
     body = json.dumps({"type": type(message).__name__, **to_json(message)}, separators=(",", ":")).encode()
-    if len(body) > LONGEST_FRAME:
+    if len(body) > longest:
         raise ValueError(f"a message of {len(body):,} bytes is too long for one frame")
     return len(body).to_bytes(LENGTH_BYTES, "big") + body
 
@@ -149,7 +150,7 @@ def decode_message(body: bytes) -> Message:
     """The message in a frame's body. Raises ValueError for anything else."""
     try:
         return cast(Message, from_json(cast(type[Any], Message), json.loads(body)))
-    except (KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError, RecursionError, RequestError) as error:
         raise ValueError(f"not a message: {error}") from error
 
 
@@ -207,7 +208,7 @@ def _demand(data: Any, wanted: Any, kind: Any) -> Any:
 
 
 def _read_union(arguments: tuple[Any, ...], data: Any) -> Any:
-    if data is None:
+    if data is None and types.NoneType in arguments:
         return None
     choices = [argument for argument in arguments if argument is not types.NoneType]
     if len(choices) == 1:
