@@ -16,7 +16,7 @@ from ollm_service.core.errors import DatabaseUnavailable
 
 REAP_SECONDS = 2.0
 SWEEP_SECONDS = 5.0
-REAPED_AT_ONCE = 100
+ENDED_AT_ONCE = 100
 _log = logging.getLogger(__name__)
 
 
@@ -96,9 +96,9 @@ def reap(service: Service) -> int:
     """Take every plan back whose lease has run out; how many. Raises DatabaseUnavailable."""
     total = 0
     while not service.stopping.is_set():
-        reaped = service.store.leases.reap(REAPED_AT_ONCE)
+        reaped = service.store.leases.reap(ENDED_AT_ONCE)
         total += reaped
-        if reaped < REAPED_AT_ONCE:
+        if reaped < ENDED_AT_ONCE:
             break
     if total:
         _log.info("plans-reaped", extra={"plans": total})
@@ -110,7 +110,8 @@ def sweep(service: Service) -> None:
 
     Raises DatabaseUnavailable.
     """
-    service.store.leases.expire()
+    while service.store.leases.expire(ENDED_AT_ONCE) == ENDED_AT_ONCE and not service.stopping.is_set():
+        pass  # there are more
     fleet = service.fleet.fresh()
     replan_stale(service, fleet)
     tend_backlog(service, fleet, service.store.fleet.backlog())

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Query
 
 from ollm_service.api.fleet_shapes import DrainBody, ModelBody, ModelsBody, WorkersBody, models_body, worker_body
 from ollm_service.api.openapi import failures
-from ollm_service.api.routes.access import ServiceHere
+from ollm_service.api.routes.access import Node, ServiceHere
 from ollm_service.core.errors import NotFound
 
 router = APIRouter(prefix="/v1", tags=["fleet"])
@@ -22,7 +22,7 @@ def list_workers(
 
 
 @router.post("/workers/{node}/drain", operation_id="drainNode", summary="Drain a node", responses=failures(401, 404, 503))
-def drain_node(service: ServiceHere, node: str) -> DrainBody:
+def drain_node(service: ServiceHere, node: Node) -> DrainBody:
     """Ask a node's workers, or the one worker with this id, to finish what they run and leave."""
     workers = service.store.fleet.drain(node)
     if not workers:

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query, Response, status
 from ollm_service.api.openapi import body_of, failures
 from ollm_service.api.requests import JobRequest, RetryRequest, body_digest, parse_body
 from ollm_service.api.results import stream_results
-from ollm_service.api.routes.access import After, Limit, RawBody, ServiceHere
+from ollm_service.api.routes.access import After, JobId, Limit, RawBody, ServiceHere
 from ollm_service.api.shapes import PLANS_SHOWN, JobBody, JobPage, PlanPage, job_body, plan_body
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
 from ollm_service.coordinator.submission import Submission, Submitted, retry, submit
@@ -53,20 +53,20 @@ def list_jobs(service: ServiceHere, after: After = None, limit: Limit = 100) -> 
 
 
 @router.get("/{job_id}", operation_id="getJob", summary="Show a job", responses=failures(401, 404, 503))
-def get_job(service: ServiceHere, job_id: str, plans: PlansShown = PLANS_SHOWN) -> JobBody:
+def get_job(service: ServiceHere, job_id: JobId, plans: PlansShown = PLANS_SHOWN) -> JobBody:
     """A job with its counts and its first plans."""
     return _with_plans(service, service.store.jobs.get(job_id, DEFAULT_TENANT), plans)
 
 
 @router.get("/{job_id}/plans", operation_id="listPlans", summary="List a job's plans", responses=failures(400, 401, 404, 503))
-def list_plans(service: ServiceHere, job_id: str, after: After = None, limit: Limit = 100) -> PlanPage:
+def list_plans(service: ServiceHere, job_id: JobId, after: After = None, limit: Limit = 100) -> PlanPage:
     """All plans of a job, in order."""
     plans = service.store.jobs.plans(job_id, DEFAULT_TENANT, after=after, limit=limit + 1)
     return PlanPage.of([plan_body(plan) for plan in plans], limit=limit)
 
 
 @router.post("/{job_id}/cancel", operation_id="cancelJob", summary="Cancel a job", responses=failures(401, 404, 503))
-def cancel_job(service: ServiceHere, job_id: str) -> JobBody:
+def cancel_job(service: ServiceHere, job_id: JobId) -> JobBody:
     """End what waits, and ask workers to stop what runs. What is finished stays; cancelling twice is harmless."""
     return _with_plans(service, service.store.jobs.cancel(job_id, DEFAULT_TENANT), PLANS_SHOWN)
 
@@ -79,7 +79,7 @@ def cancel_job(service: ServiceHere, job_id: str) -> JobBody:
     openapi_extra=body_of(RetryRequest, required=False),
     responses=failures(400, 401, 404, 409, 422, 503),
 )
-def retry_job(service: ServiceHere, job_id: str, raw: RawBody, response: Response) -> JobBody:
+def retry_job(service: ServiceHere, job_id: JobId, raw: RawBody, response: Response) -> JobBody:
     """Make a new job of the rows that failed while they ran. The old job stays as it is."""
     body = parse_body(RetryRequest, raw)[0] if raw.strip() else RetryRequest()
     return _answer(service, retry(service, job_id, DEFAULT_TENANT, body.idempotency_key), response)
@@ -102,7 +102,7 @@ NDJSON: dict[int | str, dict[str, Any]] = {
 )
 def job_results(
     service: ServiceHere,
-    job_id: str,
+    job_id: JobId,
     cursor: Annotated[int, Query(ge=0, description="Only results after this one; 0 is the beginning.")] = 0,
     limit: Annotated[int | None, Query(ge=1, description="At most so many lines; unset: all that are there.")] = None,
     wait_seconds: Annotated[float, Query(ge=0, le=60, description="Wait so long for a first line while the job runs.")] = 0,

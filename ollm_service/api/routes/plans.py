@@ -4,7 +4,7 @@ from fastapi import APIRouter
 
 from ollm_service.api.openapi import body_of, failures
 from ollm_service.api.requests import PreviewRequest, parse_body
-from ollm_service.api.routes.access import RawBody, ServiceHere
+from ollm_service.api.routes.access import PlanId, RawBody, ServiceHere
 from ollm_service.api.shapes import (
     PlanDetailBody,
     PreviewBody,
@@ -36,7 +36,7 @@ def preview_plan(service: ServiceHere, raw: RawBody) -> PreviewBody:
 
 
 @router.get("/{plan_id}", operation_id="getPlan", summary="Show and explain a plan", responses=failures(401, 404, 503))
-def get_plan(service: ServiceHere, plan_id: str) -> PlanDetailBody:
+def get_plan(service: ServiceHere, plan_id: PlanId) -> PlanDetailBody:
     """A plan with its history and attempts; while it is not final, also whether each worker could take it."""
     detail = service.store.jobs.plan(plan_id, DEFAULT_TENANT)
     found = () if detail.plan.state.is_final else verdicts(detail.plan.requirements, service.fleet.fresh().workers)
