@@ -121,7 +121,7 @@ class Transport:
             ) from error
 
     def _check(self, answer: httpx.Response) -> None:
-        self._has_answered = True
+        self._has_answered = self._has_answered or answer.status_code < 500
         if answer.status_code < 300:
             return
         if answer.status_code < 400:
