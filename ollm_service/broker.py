@@ -51,7 +51,6 @@ def make_celery(url: str) -> Celery:
     address = f"{MEMORY_BROKER}localhost//" if scheme == "memory" else url
     app.conf.update(broker_url=address, broker_transport_options=_transport_options(scheme), **_SETTINGS)
     app.conf.task_queues = (Queue(IDLE_QUEUE, Exchange(IDLE_QUEUE), routing_key=IDLE_QUEUE),)
-    app.conf.worker_disable_prefetch = scheme in ("redis", "rediss")  # a busy worker leaves hints to the idle ones
     app.conf.worker_enable_remote_control = scheme != "memory"
     return app
 
