@@ -1,0 +1,192 @@
+"""What does a worker say of its machine, and does it say so only where it is true?"""
+
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ollm_service.core.options import KVCacheStrategy
+from ollm_service.core.plan import BackendId, PassId
+from workers.cache_folder import NoCacheFolder, measure, take_folder
+from workers.host_memory import host_memory, private_bytes
+from workers.nvml import Gpu, Nvml, NvmlUnavailable, visible
+from workers.probe import Claims, Probe
+
+MIB = 1024**2
+GIB = 1024**3
+GPUS = tuple(
+    Gpu(uuid=f"GPU-{name}{name}", name="a card", total_bytes=8 * GIB, free_bytes=GIB, compute_capability=(8, 6)) for name in "abc"
+)
+
+
+@pytest.fixture
+def probe() -> Probe:
+    """A probe of this machine."""
+    return Probe(Claims(node="here", slots=2, labels={"zone": "a"}), os.environ)
+
+
+def test_a_worker_says_what_it_can(probe: Probe, tmp_path: Path) -> None:
+    """With a cache folder both passes of this engine are offered; every other has its reason."""
+    folder = take_folder(tmp_path / "kv")
+    offered = probe.capabilities((), [folder.path], None)
+    assert (offered.node, offered.slots, offered.labels) == ("here", 2, {"zone": "a"})
+    able = {pass_id for pass_id, reason in offered.passes.items() if reason is None}
+    assert able == {PassId.DISK_CACHE, PassId.MLP_CHUNKING}
+    assert offered.passes.keys() == set(PassId)
+    assert offered.backends == {backend.value: None for backend in BackendId}
+    strategies = {name for name, reason in offered.kv_strategies.items() if reason is None}
+    assert strategies == {KVCacheStrategy.RESIDENT, KVCacheStrategy.PAGED}
+    assert offered.cache_disk is not None
+    assert offered.cache_disk.total_bytes > 0
+    assert (offered.cache_disk.write_rate or 0) > 0
+    assert offered.devices[-1].device_id == "cpu"
+    folder.release()
+
+
+def test_two_looks_agree(probe: Probe, tmp_path: Path) -> None:
+    """What changes all the time is no capability, so that nothing is registered anew without a reason."""
+    folder = take_folder(tmp_path / "kv")
+    assert probe.capabilities((), [folder.path], None) == probe.capabilities((), [folder.path], None)
+    folder.release()
+
+
+def test_a_cache_folder_that_vanishes_takes_the_disk_cache_along(probe: Probe, tmp_path: Path) -> None:
+    """A disk that cannot be written to any more is no longer offered, and the reason names the folder."""
+    folder = take_folder(tmp_path / "kv")
+    folder.path.rmdir()
+    offered = probe.capabilities((), [folder.path], None)
+    assert str(folder.path) in (offered.passes[PassId.DISK_CACHE] or "")
+    assert offered.kv_strategies[KVCacheStrategy.PAGED] is not None
+    assert offered.cache_disk is None
+    folder.release()
+
+
+def test_what_our_own_runner_holds_counts_as_free(probe: Probe) -> None:
+    """The memory of the runner that would take the plan is added to what the machine has free."""
+    ballast = bytearray(os.urandom(1024)) * (64 * 1024)  # 64 MiB, touched
+    without = probe.live([], None, None)
+    with_us = probe.live([os.getpid()], None, None)
+    gained = with_us.device_free_bytes["cpu"] - without.device_free_bytes["cpu"]
+    assert gained > len(ballast) / 2
+    assert with_us.device_free_bytes["cpu"] <= host_memory().total
+
+
+def test_looking_needs_no_torch() -> None:
+    """The supervising process never loads a model library."""
+    assert "torch" not in sys.modules
+    assert Probe(Claims(node="n", slots=1), os.environ).capabilities((), [], None).versions["torch"]
+
+
+def test_a_container_limits_memory(tmp_path: Path) -> None:
+    """The tightest control group on the way up counts; pages of files that can be dropped count as free."""
+    for path, limit, used in ((".", "max", GIB), ("outer", 2 * GIB, GIB), ("outer/inner", 3 * GIB, GIB // 2)):
+        group = tmp_path / "cgroup" / path
+        group.mkdir(parents=True, exist_ok=True)
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text(f"{used}\n")
+        (group / "memory.stat").write_text(f"anon 5\ninactive_file {256 * MIB}\n")
+    own = tmp_path / "own"
+    own.write_text("0::/outer/inner\n")
+    memory = host_memory(cgroups=tmp_path / "cgroup", own_cgroup=own)
+    assert memory.total == min(2 * GIB, psutil.virtual_memory().total)
+    assert memory.free <= GIB + 256 * MIB
+
+
+def test_an_older_container_limits_memory(tmp_path: Path) -> None:
+    """The first version of control groups is read as well."""
+    group = tmp_path / "cgroup" / "memory" / "box"
+    group.mkdir(parents=True)
+    (group / "memory.limit_in_bytes").write_text(f"{GIB}\n")
+    (group / "memory.usage_in_bytes").write_text(f"{GIB // 2}\n")
+    (group / "memory.stat").write_text("total_inactive_file 0\n")
+    own = tmp_path / "own"
+    own.write_text("5:cpu,memory:/box\n1:name=systemd:/\n")
+    memory = host_memory(cgroups=tmp_path / "cgroup", own_cgroup=own)
+    assert (memory.total, memory.free) == (GIB, min(GIB // 2, psutil.virtual_memory().available))
+
+
+def test_a_process_that_is_gone_holds_nothing() -> None:
+    """No error, and no bytes."""
+    assert private_bytes(2**22 - 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "seen"),
+    [
+        (None, "abc"),
+        ("", ""),
+        ("-1", ""),
+        ("2,0", "ca"),
+        ("GPU-bb", "b"),
+        ("1, GPU-a", "ba"),
+        ("0,7,1", "a"),
+        ("GPU-", ""),
+    ],
+)
+def test_gpus_are_numbered_as_torch_will_number_them(wanted: str | None, seen: str) -> None:
+    """CUDA_VISIBLE_DEVICES chooses and orders; from its first unknown entry on, everything is ignored."""
+    environment = {} if wanted is None else {"CUDA_VISIBLE_DEVICES": wanted}
+    assert "".join(gpu.uuid[-1] for gpu in visible(GPUS, environment)) == seen
+
+
+def test_without_a_driver_there_is_no_gpu() -> None:
+    """A missing library is told as such."""
+    with pytest.raises(NvmlUnavailable):
+        Nvml("libno-such-driver.so.1")
+
+
+@pytest.mark.gpu
+def test_the_driver_and_torch_agree() -> None:
+    """Order, memory and compute capability are those that torch sees."""
+    import torch  # noqa: PLC0415 - seconds of import that only this test should pay
+
+    gpus = visible(Nvml().gpus(), os.environ)
+    assert len(gpus) == torch.cuda.device_count()
+    for number, gpu in enumerate(gpus):
+        assert gpu.compute_capability == torch.cuda.get_device_capability(number)
+        assert gpu.total_bytes >= torch.cuda.get_device_properties(number).total_memory
+
+
+def test_slots_never_share_a_folder(tmp_path: Path) -> None:
+    """Every slot on a machine gets a folder of its own, and one that is given back is taken again, swept."""
+    first, second = take_folder(tmp_path), take_folder(tmp_path)
+    assert first.path != second.path
+    (first.path / "deep").mkdir()
+    (first.path / "deep" / "left").write_bytes(b"x")
+    again_path = first.path
+    first._lock.close()  # as if its worker had been killed
+    again = take_folder(tmp_path)
+    assert again.path == again_path
+    assert list(again.path.iterdir()) == []
+    again.release()
+    second.release()
+
+
+def test_sweeping_does_not_follow_links(tmp_path: Path) -> None:
+    """What a link in the folder points to stays."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_bytes(b"x")
+    folder = take_folder(tmp_path / "kv")
+    (folder.path / "link").symlink_to(precious)
+    assert folder.sweep() == 1
+    assert (precious / "file").exists()
+    folder.release()
+
+
+def test_a_root_that_cannot_be_made_is_told_with_its_reason(tmp_path: Path) -> None:
+    """A file in the way, for one."""
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(NoCacheFolder, match="cannot be written to"):
+        take_folder(tmp_path / "file" / "kv")
+
+
+def test_measuring_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Rates are positive, the probe file is gone, and a folder that is not there has no rates."""
+    rates = measure(tmp_path)
+    assert rates is not None
+    assert min(rates.read, rates.write) > 0
+    assert list(tmp_path.iterdir()) == []
+    assert measure(tmp_path / "nowhere") is None
