@@ -1,6 +1,7 @@
 """Is the API's description complete and true?"""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from starlette.testclient import TestClient
@@ -44,3 +45,11 @@ def test_errors_are_described_as_they_are(http: TestClient) -> None:
                     schema = answer["content"]["application/json"]["schema"]
                     assert schema == {"$ref": "#/components/schemas/ErrorBody"}, (path, status)
     assert document["paths"]["/healthz"]["get"]["security"] == []
+
+
+def test_the_page_about_the_api_names_every_endpoint(http: TestClient) -> None:
+    """Method and path, in the table at its top, and no other."""
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    told = {line.split("`")[1] for line in page.splitlines() if line.startswith(("| `GET /", "| `POST /"))}
+    document = document_of(http)
+    assert told == {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
