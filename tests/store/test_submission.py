@@ -1,5 +1,8 @@
 """How does a job come into being?"""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from ollm_service.core.errors import IdempotencyConflict, InvalidJob, NotFound
@@ -166,3 +169,34 @@ def test_a_model_that_nobody_has_waits_visibly(store: Store) -> None:
     assert not store.jobs.replan(stale.plan_id, inventory_seq=2, **changes)  # type: ignore[arg-type]  # a map of keywords
     assert plan_of(store, job).condition is None
     assert claim(store, worker) is not None
+
+
+def test_a_race_of_submissions_makes_one_job(store: Store) -> None:
+    """Eight clients at once with one key: one of them makes the job, all hear of the same one."""
+    gate = threading.Barrier(8)
+
+    def submit(_: int) -> tuple[str, bool]:
+        job = new_job(idempotency_key="k")
+        gate.wait()
+        view, created = store.jobs.submit(job)
+        return view.job_id, created
+
+    with ThreadPoolExecutor(8) as pool:
+        answered = list(pool.map(submit, range(8)))
+    assert len({job_id for job_id, _ in answered}) == 1
+    assert sum(created for _, created in answered) == 1
+    assert len(store.jobs.list(TENANT)) == 1
+
+
+def test_new_classes_are_numbered_in_a_race(store: Store) -> None:
+    """Submissions at once that bring new and shared classes number each class once, without gaps."""
+    gate = threading.Barrier(6)
+
+    def submit(number: int) -> None:
+        job = new_job(tag=f"class{number // 2}")
+        gate.wait()
+        store.jobs.submit(job)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(submit, range(6)))
+    assert [item.seq for item in store.leases.new_classes(0)] == [1, 2, 3]
