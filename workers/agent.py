@@ -5,6 +5,7 @@ long. Plans run in slots, each in the thread that claimed it: one of Celery's fo
 plan the slot takes the next best one, until there is none.
 """
 
+import contextlib
 import logging
 import os
 import queue
@@ -114,8 +115,11 @@ class Agent:
     # --- from outside
 
     def start(self) -> None:
-        """Look at the machine, register, and begin. Raises DatabaseUnavailable when the store does not answer."""
+        """Look at the machine, register, and begin; runners load their libraries meanwhile. Raises DatabaseUnavailable."""
         self._shelf.start()
+        for slot in self._slots.all:
+            with contextlib.suppress(OSError):  # told by the first plan that needs it
+                slot.ready_runner()
         self._shelf.wait_for_first_scan(FIRST_SCAN_SECONDS)
         self._register()
         self._guard.start()
