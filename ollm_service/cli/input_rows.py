@@ -46,7 +46,7 @@ def read_rows(path: str, *, model: str | None, prompt_column: str | None = None)
     """
     content = _content(path)
     if prompt_column is not None or path.lower().endswith(".csv"):
-        rows = tuple(_with_own_ids(_csv_rows(content, prompt_column)))
+        rows = tuple(_with_own_ids(read_csv(content, prompt_column)))
         read = InputRows(rows=rows, model=model)
     else:
         read = read_json_lines(content, model=model)
@@ -152,8 +152,11 @@ def _with_own_ids(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, An
             yield row
 
 
-def _csv_rows(content: bytes, prompt_column: str | None) -> Iterator[dict[str, Any]]:
-    """A row per record, its prompt from one column, its `custom_id` from the column of that name if there is one."""
+def read_csv(content: bytes, prompt_column: str | None) -> Iterator[dict[str, Any]]:
+    """A row per record, its prompt from one column, its `custom_id` from the column of that name if there is one.
+
+    Raises InvalidJob and InvalidOption.
+    """
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -102,8 +102,8 @@ def show_plan(plan_id: PlanId, as_json: AsJson = False) -> None:
         print_facts(
             {
                 f"try {attempt.number}": f"{attempt.outcome} on {attempt.node}",
-                "placement": f"{placement['tier']} ({placement['device_id']})" if placement else None,
-                "micro-batch": count(placement["micro_batch"], "row") if placement else None,
+                "placement": ", ".join(str(placement[name]) for name in ("tier", "device_id") if name in placement),
+                "micro-batch": placement.get("micro_batch"),
                 "estimated": _in_words(attempt.estimate),
                 "measured": _in_words(attempt.measured),
             }

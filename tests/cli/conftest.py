@@ -1,0 +1,74 @@
+"""What does a test of the command line find? A live service, and the command as a process, run as a user would."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ollm_service.coordinator.service import Service
+from ollm_service.store.schema import upgrade
+from tests.client.live import LiveService
+from tests.coordinator.services import open_service
+from tests.store.samples import new_worker
+
+REPOSITORY = Path(__file__).parents[2]
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def run_command(*arguments: str, base_url: str, folder: Path, given: bytes = b"") -> subprocess.CompletedProcess[str]:
+    """`ollm-service …` in a folder, without a terminal; its output is decoded as UTF-8."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ollm_service.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OLLM_BASE_URL": base_url},
+        input=given,
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with the schema and nothing else; copied for each test."""
+    path = tmp_path_factory.mktemp("cli") / "ollm.db"
+    upgrade(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def service(migrated_file: Path, tmp_path: Path) -> Iterator[Service]:
+    """A coordinator on SQLite, without loops."""
+    path = tmp_path / "ollm.db"
+    shutil.copy(migrated_file, path)
+    opened = open_service(f"sqlite:///{path}", tmp_path)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def live(service: Service) -> Iterator[LiveService]:
+    """The service on a port."""
+    with LiveService(service) as started:
+        yield started
+
+
+@pytest.fixture
+def worker_id(service: Service) -> str:
+    """A worker that has the model `tiny`."""
+    return new_worker(service.store, "attic")
+
+
+@pytest.fixture
+def command(live: LiveService, tmp_path: Path) -> Command:
+    """The command, pointed at the live service."""
+
+    def run(*arguments: str, given: bytes = b"") -> subprocess.CompletedProcess[str]:
+        return run_command(*arguments, base_url=live.url, folder=tmp_path, given=given)
+
+    return run
