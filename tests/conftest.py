@@ -22,7 +22,9 @@ for _name in [name for name in os.environ if name.startswith("OLLM_")]:
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 # A shared machine may stall an example for longer than any deadline worth having.
-hypothesis.settings.register_profile("ollm", deadline=None, print_blob=True)
+hypothesis.settings.register_profile(
+    "ollm", deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("ollm")
 
 

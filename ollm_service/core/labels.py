@@ -14,7 +14,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from ollm_service.core.errors import InvalidExpression, shown
 
@@ -158,11 +158,10 @@ class _Parser:
         if found is None:
             self.kind, self.token = "other", self.text[self.position :].split()[0]
             self._refuse("a name, a comparison or a value")
-            return
         self.kind, self.token = found.lastgroup or "", found[found.lastgroup or 0]
         self.position = found.end()
 
-    def _refuse(self, expected: str) -> None:
+    def _refuse(self, expected: str) -> NoReturn:
         met = f"`{shown(self.token)}`" if self.kind != "end" else "the end"
         raise InvalidExpression(
             f"Expected {expected} but met {met} in the label expression.",
