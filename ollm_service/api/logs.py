@@ -9,7 +9,7 @@ _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "ta
 
 
 class FieldFormatter(logging.Formatter):
-    """`time level event name=value …`; values with spaces are quoted."""
+    """`time level event name=value …`; values that are not plain words are quoted."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, and a traceback below it where there is one."""
@@ -21,7 +21,8 @@ class FieldFormatter(logging.Formatter):
 
 def _value(value: object) -> str:
     text = str(value)
-    return repr(text) if not text or any(character.isspace() or character in "\"'=" for character in text) else text
+    is_plain = text.isprintable() and text and not any(character in " \"'=" for character in text)
+    return text if is_plain else repr(text)
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
