@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.runner.models import save_model
 from workers.runner.engine import Engine
+
+# The models are so small that a second thread costs more than it gives.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

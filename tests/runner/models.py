@@ -59,6 +59,9 @@ def save_model(folder: Path, family: str, *, seed: int = 0, has_chat_template: b
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers does not annotate it
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
+    with torch.no_grad():
+        # An end token of no weight is never the best one, so that greedy answers are as long as they may be.
+        model.get_output_embeddings().weight[tokenizer.eos_token_id] = 0
     model.save_pretrained(folder)
     if not has_chat_template:
         tokenizer.chat_template = None

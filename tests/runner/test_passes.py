@@ -1,6 +1,7 @@
 """How do passes end, and what do they leave behind? Evidence from real forward passes, and no file."""
 
 import json
+import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from ollm_service.core.leasing import WorkRow
 from ollm_service.core.options import KVCacheStrategy
 from ollm_service.core.passes import Applied, Failed, NotNeeded
 from ollm_service.core.plan import PassId
-from ollm_service.core.wire import BatchDone, BatchStarted, Execute, Finished, Message, SpecializationFailed
+from ollm_service.core.wire import AttemptFailed, BatchDone, BatchStarted, Execute, Finished, Message, SpecializationFailed
 from tests.runner.commands import first_outcomes, make_command, of_kind, only, results_of, run, work_row
 from workers.runner.engine import Engine
 from workers.runner.kv.folder import PrivateFolder, delete_orphans
@@ -77,6 +78,23 @@ def test_disk_cache_fails_before_any_row(engine: Engine, llama: Path, tmp_path: 
     assert failure.reason.startswith("disk-cache: ")
     assert failure.error_type == "FileExistsError"
     assert not of_kind(messages, BatchStarted)
+
+
+def test_a_pass_that_breaks_down_after_rows_were_reported_ends_the_attempt(engine: Engine, llama: Path, tmp_path: Path) -> None:
+    """What was reported under a pass cannot be taken back: when its files vanish later, the attempt fails."""
+    messages: list[Message] = []
+
+    def report(message: Message) -> None:
+        messages.append(message)
+        if isinstance(message, BatchDone):
+            shutil.rmtree(next(tmp_path.iterdir()))
+
+    rows = [work_row(index, "hello", max_new_tokens=3) for index in range(3)]
+    command = make_command(llama, rows, passes=(DISK,), kv=KVCacheStrategy.PAGED, cache_dir=tmp_path, micro_batch=1)
+    engine.execute(command, report, threading.Event())
+    assert len(results_of(messages)) == 1
+    failure = only(messages, AttemptFailed)
+    assert (failure.code, failure.error_type) == ("pass_failed", "FileNotFoundError")
 
 
 def test_disk_cache_needs_a_folder_and_a_known_strategy(engine: Engine, llama: Path, tmp_path: Path) -> None:

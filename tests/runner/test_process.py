@@ -1,12 +1,13 @@
 """Does the runner live and die as its supervisor expects? Real processes, real frames."""
 
 import contextlib
+import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -36,7 +37,7 @@ from tests.waiting import wait_for
 from workers.runner.channel import Channel
 
 LAST = (Finished, Stopped, SpecializationFailed, AttemptFailed)
-PATIENCE = 60.0
+PATIENCE = 100.0
 
 
 class Runner:
@@ -47,7 +48,10 @@ class Runner:
         self.connection.settimeout(PATIENCE)
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, "--fd", str(theirs.fileno())], pass_fds=(theirs.fileno(),), cwd=ROOT
+                [sys.executable, "-m", module, "--fd", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
         self.channel = Channel(self.connection)
 
@@ -130,39 +134,41 @@ def test_a_surprise_ends_the_plan_and_not_the_runner(runner: Runner, llama: Path
     assert isinstance(runner.until_last()[-1], Finished)
 
 
-def test_a_full_disk_fails_the_pass_before_rows_are_reported(tmp_path: Path) -> None:
+@pytest.fixture
+def file_limit(runner: Runner) -> Iterator[Callable[[int], None]]:
+    """Sets how many bytes a file of the runner may have: the error path of a full disk, without one."""
+    before = resource.prlimit(runner.process.pid, resource.RLIMIT_FSIZE)
+
+    def limit(most: int) -> None:
+        resource.prlimit(runner.process.pid, resource.RLIMIT_FSIZE, (most, before[1]))
+
+    yield limit
+    resource.prlimit(runner.process.pid, resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_fails_the_pass_before_rows_are_reported(
+    runner: Runner, file_limit: Callable[[int], None], tmp_path: Path
+) -> None:
     """When the first pages do not fit on the disk the pass fails, no result is reported and no file is left."""
-    with Runner("workers.runner") as runner:
-        runner.until(Hello)
-        # A file may not grow over 8 KiB: the same error path as a full disk, without one.
-        resource.prlimit(runner.process.pid, resource.RLIMIT_FSIZE, (8192, 8192))
-        runner.channel.send(paged([work_row(0, "1+1=" * 20)], tmp_path))
-        messages = runner.until_last()
-        failure = only(messages, SpecializationFailed)
-        assert failure.reason == "disk-cache: the KV cache cannot be written or read back: File too large"
-        assert not of_kind(messages, BatchDone)
-        assert not list(tmp_path.iterdir())
-        # Rows that are already reported cannot be taken back: then the attempt fails.
-        rows = [work_row(index, "1+1=", max_new_tokens=4) for index in range(4)]
-        runner.channel.send(paged(rows, tmp_path, micro_batch=1))
-        runner.until(BatchDone)
-        resource.prlimit(runner.process.pid, resource.RLIMIT_FSIZE, (1, 8192))
-        later = only(runner.until_last(), AttemptFailed)
-        assert later.code == "pass_failed"
+    file_limit(8192)
+    runner.channel.send(paged([work_row(0, "1+1=" * 20)], tmp_path))
+    messages = runner.until_last()
+    failure = only(messages, SpecializationFailed)
+    assert failure.reason == "disk-cache: the KV cache cannot be written or read back: File too large"
+    assert not of_kind(messages, BatchDone)
+    assert not list(tmp_path.iterdir())
 
 
-def paged(rows: list[WorkRow], cache_dir: Path, micro_batch: int = 8) -> Execute:
+def paged(rows: list[WorkRow], cache_dir: Path, model: Path = DEMO_MODEL) -> Execute:
     """A plan with its cache in files."""
-    return make_command(
-        DEMO_MODEL, rows, passes=(PassId.DISK_CACHE,), kv=KVCacheStrategy.PAGED, cache_dir=cache_dir, micro_batch=micro_batch
-    )
+    return make_command(model, rows, passes=(PassId.DISK_CACHE,), kv=KVCacheStrategy.PAGED, cache_dir=cache_dir)
 
 
 @pytest.mark.parametrize("end", ["socket", "sigterm"])
-def test_the_runner_leaves_cleanly(tmp_path: Path, end: str) -> None:
+def test_the_runner_leaves_cleanly(llama: Path, tmp_path: Path, end: str) -> None:
     """When its supervisor closes the socket, or asks it to end, the runner ends in mid-work and leaves no file."""
     with Runner("workers.runner") as runner:
-        runner.channel.send(paged([work_row(0, "hello", max_new_tokens=500)], tmp_path))
+        runner.channel.send(paged([work_row(0, "hello", max_new_tokens=900)], tmp_path, model=llama))
         runner.until(BatchStarted)
         wait_for(lambda: list(tmp_path.rglob("*.pages")), timeout=PATIENCE, what="pages on disk")
         if end == "socket":
@@ -173,17 +179,16 @@ def test_the_runner_leaves_cleanly(tmp_path: Path, end: str) -> None:
         assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_runner_leaves_an_orphan_for_the_next(tmp_path: Path) -> None:
+def test_a_killed_runner_leaves_an_orphan_for_the_next(runner: Runner, llama: Path, tmp_path: Path) -> None:
     """Files of a runner that was killed are deleted by the next one that uses the cache folder."""
-    with Runner("workers.runner") as runner:
-        runner.channel.send(paged([work_row(0, "hello", max_new_tokens=500)], tmp_path))
-        runner.until(BatchStarted)
-        runner.process.kill()
-        runner.process.wait(timeout=PATIENCE)
+    with Runner("workers.runner") as victim:
+        victim.channel.send(paged([work_row(0, "hello", max_new_tokens=900)], tmp_path, model=llama))
+        victim.until(BatchStarted)
+        victim.process.kill()
+        victim.process.wait(timeout=PATIENCE)
     assert list(tmp_path.iterdir())
-    with Runner("workers.runner") as runner:
-        runner.channel.send(paged([work_row(0, "1+1=", max_new_tokens=4)], tmp_path))
-        assert isinstance(runner.until_last()[-1], Finished)
+    runner.channel.send(paged([work_row(0, "1+1=", max_new_tokens=4)], tmp_path))
+    assert isinstance(runner.until_last()[-1], Finished)
     assert not list(tmp_path.iterdir())
 
 
