@@ -78,13 +78,14 @@ class DigestCache:
     def digest(self, path: Path, is_stopped: Callable[[], bool] = lambda: False) -> str:
         """The file's sha256 in hex. Raises InspectionStopped, OSError, and BrokenCheckpoint for a file that changes meanwhile."""
         with _plain_file(path) as file:
-            key = _cache_key(path, os.fstat(file.fileno()))
+            status = os.fstat(file.fileno())
+            key = _cache_key(path, status)
             with self._lock:
                 known = self._known.get(key)
             if known is not None:
                 return known
             hasher = hashlib.sha256()
-            left = os.fstat(file.fileno()).st_size
+            left = status.st_size
             while left > 0 and (chunk := file.read(_CHUNK_BYTES)):  # no further, should it grow faster than it is read
                 if is_stopped():
                     raise InspectionStopped

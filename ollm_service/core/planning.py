@@ -1,5 +1,6 @@
 """Given a model reference, what the fleet holds and the user's options: what is the RuntimePlan, and why?"""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -242,11 +243,14 @@ def _catalog_entry(parsed: ModelReference) -> CatalogEntry | None:
 def _find(parsed: ModelReference, inventory: Iterable[HeldModel]) -> HeldModel | None:
     entry = _catalog_entry(parsed)
     found = [held for held in inventory if held.profile.is_usable and _is_named(held.profile, parsed, entry)]
+    holders: dict[str, set[str]] = defaultdict(set)
+    for held in found:
+        holders[held.profile.digest].update(held.workers)
 
     def rank(held: HeldModel) -> tuple[bool, int, str]:
         """Of several digests under one name: not a revision aside of `main`, what most workers hold, the smallest digest."""
         is_other_revision = held.profile.repo_id is not None and "main" not in held.profile.refs
-        return (parsed.revision is None and is_other_revision, -len(held.workers), held.profile.digest)
+        return (parsed.revision is None and is_other_revision, -len(holders[held.profile.digest]), held.profile.digest)
 
     return min(found, key=rank, default=None)
 

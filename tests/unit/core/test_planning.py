@@ -340,6 +340,16 @@ def test_of_two_digests_under_one_name_the_commonest_is_pinned() -> None:
         assert plan("tiny-llama", inventory, RuntimeConfig()).profile == rare
 
 
+def test_the_same_digest_in_different_places_counts_together() -> None:
+    """Workers that keep one model at several paths are counted once each, for that model."""
+    rare = profile(digest="a" * 64)
+    common = [profile(digest="b" * 64, path=PurePosixPath(path)) for path in ("one", "two", "three")]
+    inventory = [held(rare, "w1", "w2"), *(held(model, worker) for model, worker in zip(common, ("w3", "w4", "w5"), strict=True))]
+    assert plan("tiny-llama", inventory, RuntimeConfig()).plan.resolved_model.digest == "b" * 64
+    twice = [held(rare, "w1", "w2"), *(held(model, "w3") for model in common)]
+    assert plan("tiny-llama", twice, RuntimeConfig()).plan.resolved_model.digest == "a" * 64
+
+
 def test_an_unknown_hub_id_waits_for_a_worker_that_may_fetch_it() -> None:
     """Nothing is known of it but its name; the plan is generic and carries repository and revision."""
     found = plan("org/name@v2", [], RuntimeConfig()).plan
