@@ -351,7 +351,7 @@ def tell_history(plan: Plan) -> None:
     execution = [step.after for step in steps if step.kind not in ("applied", "fallback")]
     specialization = plan.runtime_plan.specialization_state
     say("   What became of the plan:")
-    say(f"     {' → '.join(str(state) for state in dict_runs(execution))}")
+    say(f"     {' → '.join(str(state) for state in without_repetitions(execution))}")
     say(f"     planned → {specialization}, on {plan.runtime_plan.backend_id}")
     for pass_id in plan.runtime_plan.specialization_pass_ids:
         how = plan.runtime_plan.details.get(f"pass_{pass_id.replace('-', '_')}")
@@ -359,18 +359,14 @@ def tell_history(plan: Plan) -> None:
             say(f"       {pass_id:14} {how}")
 
 
-def dict_runs(states: Sequence[str | None]) -> list[str | None]:
+def without_repetitions(states: Sequence[str | None]) -> list[str | None]:
     """The states without repetitions of the one before."""
     return [state for number, state in enumerate(states) if number == 0 or states[number - 1] != state]
 
 
 def active_workers(client: Client) -> list[str]:
     """The nodes of the active workers that have the model."""
-    return [
-        worker.node
-        for worker in client.workers()
-        if worker.state == "active" and any(model["name"] == MODEL for model in worker.capabilities["models"])
-    ]
+    return [worker.node for worker in client.workers() if worker.state == "active" and MODEL in worker.usable_models]
 
 
 def cache_disk_is_seen(client: Client) -> bool:

@@ -16,7 +16,6 @@ FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
 STEADY_SECONDS = 30.0  # having lived for so long, its next end is a new one
 LARGEST_LOG_BYTES = 16 * 1024**2
-TAIL_BYTES = 2000
 
 
 class ChildProcess:
@@ -29,6 +28,7 @@ class ChildProcess:
         self._environment = dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
+        self._log_offset = 0
         self._due: float | None = None
         self._pause = FIRST_PAUSE
 
@@ -49,6 +49,7 @@ class ChildProcess:
             if self.log.stat().st_size > LARGEST_LOG_BYTES:
                 os.replace(self.log, self.log.with_suffix(".log.1"))
         with self.log.open("ab") as output:
+            self._log_offset = output.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(TETHER), str(os.getpid()), *self._command],
                 stdin=subprocess.DEVNULL,
@@ -103,8 +104,9 @@ class ChildProcess:
             psutil.wait_procs(family, timeout=5)
         self._process.wait()
 
-    def tail(self) -> str:
-        """The end of its log."""
-        with contextlib.suppress(FileNotFoundError):
-            return self.log.read_bytes()[-TAIL_BYTES:].decode(errors="replace").strip()
+    def said(self) -> str:
+        """What it has printed since it was started last."""
+        with contextlib.suppress(FileNotFoundError), self.log.open("rb") as log:
+            log.seek(self._log_offset)
+            return log.read().decode(errors="replace").strip()
         return ""

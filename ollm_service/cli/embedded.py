@@ -18,7 +18,7 @@ from types import FrameType
 
 from ollm_service.cli.child_process import ChildProcess
 from ollm_service.cli.output import count, say, tell
-from ollm_service.client import Client, ServiceUnreachable
+from ollm_service.client import Client
 from ollm_service.core.errors import Conflict, OllmError, ServiceError
 from ollm_service.settings import Settings
 
@@ -30,6 +30,8 @@ KILL_AFTER_DRAIN_SECONDS = 10.0
 # Who presses Ctrl-C wants the prompt back; finished rows are recorded and the rest waits in the database.
 DRAIN_SECONDS = 5.0
 LOCK_NAME = "up.lock"
+SERVER_IS_READY = "ollm_service listens on"
+TAIL_CHARACTERS = 2000
 
 
 class EmbeddedService:
@@ -82,13 +84,12 @@ class EmbeddedService:
         """Start it and wait until it answers; False where a signal came first. Raises ServiceError when it does not."""
         self._server.start()
         deadline = time.monotonic() + START_SECONDS
-        with Client(self.url) as client:
-            while not self._stopping.is_set():
-                if not self._server.is_running or time.monotonic() > deadline:
-                    raise ServiceError(f"The server {self._server.how_it_ended()}:\n{self._server.tail()}")
-                with suppress(ServiceUnreachable):
-                    client.health()
-                    return True
+        while not self._stopping.wait(LOOK_SECONDS / 4):
+            # Asking the port would not do: another service may answer there, which is why ours cannot.
+            if SERVER_IS_READY in self._server.said():
+                return True
+            if not self._server.is_running or time.monotonic() > deadline:
+                raise ServiceError(f"The server {self._server.how_it_ended()}.\n{self._server.said()[-TAIL_CHARACTERS:]}")
         return False
 
     def _announce(self) -> None:
@@ -117,7 +118,7 @@ class EmbeddedService:
             active = [worker for worker in client.workers() if worker.state == "active"]
             if len(active) < len(self._workers) and not is_last:
                 return False
-            names = {model["name"] for worker in active for model in worker.capabilities.get("models", ())}
+            names = {name for worker in active for name in worker.usable_models}
             models = ", ".join(sorted(names)) or f"none yet (put them below {self._settings.models_dir.absolute()})"
             say(f"{len(active)} of {count(len(self._workers), 'worker')} ready. Models: {models}.")
             return True

@@ -28,7 +28,7 @@ def workers(as_json: AsJson = False) -> None:
                 ", ".join(bytes_in_words(free) for free in worker.live.get("device_free_bytes", {}).values()),
                 f"{worker.running} of {worker.raw.get('slots', '?')}",
                 worker.warm_model,
-                ", ".join(model["name"] for model in worker.capabilities.get("models", ())),
+                ", ".join(worker.usable_models),
                 ", ".join(name for name, lacking in worker.capabilities.get("passes", {}).items() if lacking),
                 f"{worker.raw.get('heartbeat_age_seconds', 0):.0f} s ago",
             )

@@ -208,6 +208,11 @@ class Worker:
     live: Json
     raw: Json = field(repr=False, compare=False, default_factory=dict)
 
+    @property
+    def usable_models(self) -> tuple[str, ...]:
+        """The names of its models, without those that it refuses."""
+        return tuple(model["name"] for model in self.capabilities.get("models", ()) if not model.get("unsafe_because"))
+
     @classmethod
     def from_raw(cls, raw: Json) -> Self:
         """From the service's JSON."""
