@@ -19,7 +19,7 @@ def workers(as_json: AsJson = False) -> None:
         say("No workers yet. Start one with `ollm-service worker`.")
         return
     print_table(
-        ("NODE", "STATE", "DEVICES", "FREE", "RUNS", "WARM MODEL", "MODELS", "LACKS", "SEEN"),
+        ("NODE", "STATE", "DEVICES", "FREE", "RUNS", "WARM MODEL", "MODELS", "SEEN"),
         [
             (
                 worker.node,
@@ -27,9 +27,8 @@ def workers(as_json: AsJson = False) -> None:
                 _devices(worker),
                 ", ".join(bytes_in_words(free) for free in worker.live.get("device_free_bytes", {}).values()),
                 f"{worker.running} of {worker.raw.get('slots', '?')}",
-                worker.warm_model,
+                _name_of(worker.warm_model, worker),
                 ", ".join(worker.usable_models),
-                ", ".join(name for name, lacking in worker.capabilities.get("passes", {}).items() if lacking),
                 f"{worker.raw.get('heartbeat_age_seconds', 0):.0f} s ago",
             )
             for worker in found
@@ -70,6 +69,11 @@ def drain(
         print_json(answer)
     else:
         say(f"{count(answer.get('workers', 0), 'worker')} of {node} will finish and take nothing new.")
+
+
+def _name_of(digest: str | None, worker: Worker) -> str | None:
+    models = worker.capabilities.get("models", ())
+    return next((str(model["name"]) for model in models if model["digest"] == digest), digest)
 
 
 def _devices(worker: Worker) -> str:

@@ -90,10 +90,9 @@ def stage(status: JobStatus) -> str:
         return f"{status.state}{failed}"
     states = Counter(plan.state for plan in status.plans)
     conditions = Counter(plan.condition for plan in status.plans if plan.condition)
-    if states[ExecutionState.RUNNING] or (status.state is JobState.RUNNING and not states[ExecutionState.LEASED]):
-        return f"generating{failed}"
-    if states[ExecutionState.LEASED]:
-        return f"loading the model{failed}"
+    if states[ExecutionState.RUNNING] or states[ExecutionState.LEASED] or status.state is JobState.RUNNING:
+        # Until the first rows are answered, most of the time goes into loading the model.
+        return f"generating{failed}" if status.counts.succeeded else f"starting{failed}"
     if conditions:
         return f"waiting: {conditions.most_common(1)[0][0]}{failed}"
     return f"queued{failed}"
