@@ -21,7 +21,7 @@ demo: setup ## a job, a fallback and a killed worker, before your eyes (about a 
 	@$(PY) scripts/demo.py
 
 test: setup servers ## run every test
-	$(PY) -m pytest -n 2 -m "not serial"
+	$(PY) -m pytest -n 2 --dist loadgroup -m "not serial"
 	$(PY) -m pytest -m serial
 
 lint: setup ## ruff, mypy --strict and the import contracts

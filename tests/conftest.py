@@ -92,8 +92,10 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what must run alone."""
+    """Mark what must run alone, and give everything that needs RabbitMQ, so slow to start, to one test process."""
     for item in items:
+        if "rabbit_server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("rabbit"))
         if SERIAL_FOLDERS & set(item.path.parts):
             item.add_marker(pytest.mark.serial)
 
