@@ -96,6 +96,7 @@ class Agent:
         self._drain_at: float | None = None
         self._must_hurry = False
         self._broken_rounds = 0
+        self._well_since: set[str] = set()
         self._is_away = False
         self._tells_changes = store.change_token() != 0
         self._threads = ThreadPoolExecutor(max_workers=len(slots.all), thread_name_prefix="slot")
@@ -160,6 +161,8 @@ class Agent:
                 self._round()
                 self._listen()
         finally:
+            if not self._is_leaving:  # a bug ended this thread; nobody may take this worker for alive
+                self._leave_by_itself(1)
             self._leave()
 
     def _round(self) -> None:
@@ -179,12 +182,18 @@ class Agent:
             self._schedule.hold_off(self._clock(), AWAY_SECONDS)
         except Exception:  # noqa: BLE001 - the claim loop
             self._broken_rounds += 1
+            self._well_since.clear()
             _log.exception("agent-broken", extra={"worker_id": self.worker_id, "rounds": self._broken_rounds})
             self._schedule.hold_off(self._clock(), AWAY_SECONDS)
             if self._broken_rounds >= MOST_BROKEN_ROUNDS and not self._is_leaving:
                 self._leave_by_itself(1)
-        else:
-            self._broken_rounds, self._is_away = 0, False
+
+    def _went_well(self, duty: str) -> None:
+        """The database answered; and once claims and heartbeats both work again, what broke before is forgotten."""
+        self._is_away = False
+        self._well_since.add(duty)
+        if {"claim", "heartbeat"} <= self._well_since:
+            self._broken_rounds = 0
 
     def _listen(self) -> None:
         """Wait for a word, or until something is due."""
@@ -248,6 +257,7 @@ class Agent:
                 _log.warning("no-hints", extra={"worker_id": self.worker_id})
             self._threads.submit(self._work, slot, claimed, lease)
         self._schedule.polled(self._clock())
+        self._went_well("claim")
 
     def _beat_when_due(self, now: float) -> None:
         """One heartbeat, which renews the leases whose work is alive."""
@@ -264,6 +274,7 @@ class Agent:
             lease.renewed(sent_at)
             lease.is_cancelled = lease.is_cancelled or lease_id in renewal.cancelled
         self._schedule.beaten(self._clock())
+        self._went_well("heartbeat")
         if renewal.must_drain and not self._is_leaving:
             _log.info("drain-asked", extra={"worker_id": self.worker_id})
             self._leave_by_itself(0)

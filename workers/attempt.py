@@ -280,7 +280,7 @@ class Attempt:
         """Look at the clock, the lease and the worker's own end."""
         around, now = self._around, self._around.clock()
         self._lease.attended(now)
-        if self._lease.is_lost(now):
+        if self._missing and self._lease.is_lost(now):
             self._ask_to_stop(Stopping.LOST)
         elif self._lease.is_cancelled:
             self._ask_to_stop(Stopping.CANCEL)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from celery import Celery
+from celery import Celery, signals
 from celery.bootsteps import RUN  # type: ignore[attr-defined]  # the stubs leave it out
 from celery.worker import state
 from celery.worker.consumer import Consumer
@@ -26,6 +26,10 @@ class HintConsumer(Consumer):
         without = {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}
         options["worker_options"] = {**(worker_options or {}), **without}
         super().__init__(*args, **options)
+
+    def cancel_active_requests(self) -> None:
+        """A cold shutdown begins: say so before Celery waits for its threads, which it cannot kill; the agent ends the plans."""
+        signals.worker_shutting_down.send(sender=self.hostname, sig="SIGQUIT", how="Cold", exitcode=1)
 
 
 class BrokerlessConsumer(HintConsumer):

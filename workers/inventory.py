@@ -43,7 +43,7 @@ class Inventory:
         return replace(live, device_free_bytes=free, host_free_bytes=free.get("cpu", live.host_free_bytes))
 
     def _live(self, slots: Collection[Slot], warm_model: str | None) -> LiveState:
-        runners = [pid for slot in slots if (pid := slot.runner.pid) is not None]
+        runners = {pid: slot.last_promise for slot in slots if (pid := slot.runner.pid) is not None}
         folder = next(iter(self._cache_folders()), None)
         return self._probe.live(runners, folder, warm_model)
 

@@ -72,14 +72,18 @@ class Probe:
             versions=self._versions,
         )
 
-    def live(self, runners: Collection[int], cache_folder: Path | None, warm_model: str | None) -> LiveState:
-        """What is free now. What the runners with these process ids hold counts as free: they are idle, or the asker's own."""
+    def live(self, runners: Mapping[int, tuple[str, int] | None], cache_folder: Path | None, warm_model: str | None) -> LiveState:
+        """What is free now. What these runners hold counts as free: they are idle, or the asker's own.
+
+        Each process id comes with the device and the bytes last promised to it, which stand in where a GPU's driver does not
+        tell who holds what, as in containers.
+        """
         memory = host_memory()
         own = sum(private_bytes(pid) for pid in runners)
         host_free = min(memory.total, memory.free + own)
         free = {"cpu": host_free}
         for number, gpu in enumerate(self._visible_gpus()):
-            held = sum(used for pid, used in gpu.used_by.items() if pid in runners)
+            held = sum(_held(gpu, f"cuda:{number}", pid, promise) for pid, promise in runners.items())
             free[f"cuda:{number}"] = min(gpu.total_bytes, gpu.free_bytes + held)
         return LiveState(
             device_free_bytes=free,
@@ -142,6 +146,15 @@ class Probe:
             gpus = ()
         self._gpus = (time.monotonic(), gpus)
         return gpus
+
+
+def _held(gpu: Gpu, device_id: str, pid: int, promise: tuple[str, int] | None) -> int:
+    """The bytes of this GPU that a runner holds, by the driver, else by what it was promised."""
+    if pid in gpu.used_by:
+        return gpu.used_by[pid]
+    if promise is None or promise[0] != device_id:
+        return 0
+    return min(promise[1], gpu.total_bytes - gpu.free_bytes)
 
 
 def _cpu(memory: HostMemory) -> Device:

@@ -19,6 +19,7 @@ class Slot:
         self.runner = runner
         self.cache_folder: CacheFolder | None = None
         self.warm_model: str | None = None
+        self.last_promise: tuple[str, int] | None = None
         self._reserved: tuple[str, int] | None = None
         self._pause = threading.Event()
 
@@ -28,8 +29,8 @@ class Slot:
         return self._reserved
 
     def reserve(self, device_id: str, size: int) -> None:
-        """Say what the plan at hand may take."""
-        self._reserved = (device_id, size)
+        """Say what the plan at hand may take. The runner may keep it, so it is remembered as long as that runs."""
+        self._reserved = self.last_promise = (device_id, size)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -43,7 +44,7 @@ class Slot:
         """Make sure that a runner runs; True if it is a new one, whose cache folder was swept first. Raises OSError."""
         if self.runner.is_usable:
             return False
-        self.warm_model = None
+        self.warm_model = self.last_promise = None
         self.runner.close()
         if self.cache_folder is not None:
             self.cache_folder.sweep()

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -138,11 +138,18 @@ class Place:
         return Settings.load(**(ours | changes))
 
     @contextmanager
-    def agent(self, *, patience: Patience | None = None, rescan_seconds: float = 30.0, **changes: Any) -> Iterator[Agent]:
+    def agent(
+        self,
+        *,
+        patience: Patience | None = None,
+        rescan_seconds: float = 30.0,
+        on_end: Callable[[int], None] | None = None,
+        **changes: Any,
+    ) -> Iterator[Agent]:
         """A started agent in this process, ended at once at the end."""
         settings = self.settings(**changes)
         store = open_database(self.database_url, lease_ms=int(settings.lease_seconds * 1000))
-        agent = make_agent(settings, _new_id("wkr"), store, patience=patience, rescan_seconds=rescan_seconds)
+        agent = make_agent(settings, _new_id("wkr"), store, on_end=on_end, patience=patience, rescan_seconds=rescan_seconds)
         agent.start()
         try:
             yield agent

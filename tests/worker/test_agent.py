@@ -241,6 +241,16 @@ def test_a_lost_lease_stops_the_work(place: Place, tmp_path: Path) -> None:
     assert place.detail(job).plan.state == State.RUNNING
 
 
+def test_a_worker_that_cannot_claim_leaves(place: Place, tmp_path: Path) -> None:
+    """When claims break for a reason that is not the database's absence, the worker ends with 1 instead of looking alive."""
+    codes: list[int] = []
+    with place.agent(on_end=codes.append) as agent:
+        with sqlite3.connect(tmp_path / "ollm.db", timeout=10) as connection:
+            connection.execute("ALTER TABLE plan_classes RENAME TO elsewhere")
+        assert agent.wait(timeout=SECONDS)
+    assert codes == [1]
+
+
 def test_a_renewed_lease_outlives_its_first_end(place: Place) -> None:
     """Work that takes several leases long is not lost while its worker is alive, though the reaper looks."""
     job = place.submit(["[slow=4]"])

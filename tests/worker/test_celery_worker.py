@@ -91,13 +91,16 @@ def test_sigterm_lets_a_plan_finish(place: Place) -> None:
     assert [detail.plan.state for detail in place.details(job)] == [State.SUCCEEDED, State.QUEUED]
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGQUIT])
-def test_a_second_signal_ends_it_at_once(place: Place, second: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGQUIT), (signal.SIGINT, signal.SIGINT)],
+)
+def test_a_second_signal_ends_it_at_once(place: Place, first: signal.Signals, second: signal.Signals) -> None:
     """Whoever is in a hurry signals twice: the plan is released."""
     job = place.submit(["[stubborn]"])
     with worker(place) as one:
         place.wait_for_state(job, State.RUNNING)
-        one.process.send_signal(signal.SIGTERM)
+        one.process.send_signal(first)
         one.wait_until_it_says("draining")
         one.end(second)
     assert place.details(job)[0].plan.state == State.QUEUED
@@ -111,6 +114,21 @@ def test_sigquit_alone_ends_it_at_once(place: Place) -> None:
         place.wait_for_state(job, State.RUNNING)
         one.end(signal.SIGQUIT)
     assert place.details(job)[0].plan.state == State.QUEUED
+
+
+def test_sigquit_releases_a_plan_that_a_hint_brought(shared: Place, redis_server: RedisServer) -> None:
+    """A plan that runs in Celery's own thread ends at once, too."""
+    hints = Hints(make_celery(redis_server.url))
+    with worker(shared, OLLM_BROKER_URL=redis_server.url) as one:
+        class_id = class_of(shared, warm_up(shared))
+        one.wait_until_it_says("Started consuming")
+        job = shared.submit(["[slow=600]"])
+        hints.send(class_id, 1)
+        shared.wait_for_state(job, State.RUNNING)
+        one.end(signal.SIGQUIT)
+        assert not one.says("Traceback"), one.log.read_text()
+    hints.close()
+    assert shared.details(job)[0].plan.state == State.QUEUED
 
 
 def test_an_operators_drain_ends_the_process(place: Place) -> None:

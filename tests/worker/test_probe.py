@@ -66,8 +66,8 @@ def test_a_cache_folder_that_vanishes_takes_the_disk_cache_along(probe: Probe, t
 def test_what_our_own_runner_holds_counts_as_free(probe: Probe) -> None:
     """The memory of the runner that would take the plan is added to what the machine has free."""
     ballast = bytearray(os.urandom(1024)) * (64 * 1024)  # 64 MiB, touched
-    without = probe.live([], None, None)
-    with_us = probe.live([os.getpid()], None, None)
+    without = probe.live({}, None, None)
+    with_us = probe.live({os.getpid(): None}, None, None)
     gained = with_us.device_free_bytes["cpu"] - without.device_free_bytes["cpu"]
     assert gained > len(ballast) / 2
     assert with_us.device_free_bytes["cpu"] <= host_memory().total
