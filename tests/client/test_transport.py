@@ -1,6 +1,8 @@
 """What does the client make of broken connections, outages and answers that are not ours?"""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +19,7 @@ from ollm_service.core.errors import (
 )
 from ollm_service.core.leasing import RowResult
 from tests.client.live import CuttingProxy, LiveService, ScriptedServer
-from tests.coordinator.services import answer, claim_one
+from tests.coordinator.services import answer, claim_one, open_service
 from tests.store.samples import REPORT
 
 ROWS = 200
@@ -131,3 +133,13 @@ def test_the_last_result_seen_is_where_a_stream_goes_on(live: LiveService, servi
         first: Result = next(stream)
         service.store.leases.record(work.lease_id, [RowResult(row=1, text="B", finish_reason="stop")], None)
         assert [first.text, *(result.text for result in stream)] == ["A", "B"]
+
+
+@pytest.mark.parametrize("length", [5_000, 50_000_000])
+def test_a_body_that_is_too_large_is_told_as_such(migrated_file: Path, tmp_path: Path, length: int) -> None:
+    """The refusal is read, whether the server listened to the end or hung up in the middle of a long body."""
+    shutil.copy(migrated_file, tmp_path / "small.db")
+    service = open_service(f"sqlite:///{tmp_path}/small.db", tmp_path, max_body_bytes=4096)
+    with LiveService(service) as live, Client(live.url) as client, pytest.raises(BodyTooLarge):
+        client.submit("tiny", ["x" * length])
+    service.close()
