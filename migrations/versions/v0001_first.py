@@ -103,6 +103,7 @@ def _plans() -> None:
         sa.Column("condition", STR),
         _need("planned", TEXT, comment="the RuntimePlan as intended"),
         sa.Column("finalized", TEXT, comment="the RuntimePlan of the newest attempt that recorded a row"),
+        sa.Column("finalized_by", INT, comment="that attempt"),
         sa.Column("profile", TEXT),
         _need("config", TEXT),
         _need("inventory_seq", BIG),

@@ -5,10 +5,11 @@ index, then take the best of those tops that nobody else is taking (SKIP LOCKED;
 """
 
 from collections.abc import Collection, Iterable, Iterator
+from functools import cache
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, insert, select, union_all, update
+from sqlalchemy import BigInteger, CompoundSelect, Connection, Row, Select, bindparam, insert, select, union_all, update
 
 from ollm_service.core.leasing import Assignment
 from ollm_service.core.lifecycle import HELD_STATES, Event, ExecutionState, step
@@ -24,43 +25,76 @@ from ollm_service.store.transitions import append_event
 
 _PLAN = runtime_plans.c
 _BEST_FIRST = (_PLAN.priority.desc(), _PLAN.created_ms, _PLAN.number, _PLAN.id)
-_CLASSES_A_QUERY = 100  # SQLite takes 500 terms in one UNION
+_CLASSES_A_QUERY = 128  # SQLite takes 500 terms in one UNION
 
 
-def claimable(node: str) -> ColumnElement[bool]:
-    """The guard of a claim, for a worker on this node."""
-    excluded = select(exclusions.c.plan_id).where(
-        exclusions.c.plan_id == _PLAN.id, exclusions.c.node == node, exclusions.c.until_ms > now_ms()
-    )
-    return (
-        (_PLAN.state == ExecutionState.QUEUED.value)
-        & ~_PLAN.cancel_requested
-        & (_PLAN.available_ms <= now_ms())
-        & _PLAN.profile.is_not(None)
-        & ~excluded.exists()
-    )
+_IS_WORKER = workers.c.id == bindparam("worker")
+# Uncorrelated, so that the database looks it up once; without an active worker nothing is claimable.
+_NODE = select(workers.c.node).where(_IS_WORKER, workers.c.state == "active").scalar_subquery()
+_IS_EXCLUDED = (
+    select(exclusions.c.plan_id)
+    .where(exclusions.c.plan_id == _PLAN.id, exclusions.c.node == _NODE, exclusions.c.until_ms > now_ms())
+    .exists()
+)
+CLAIMABLE = (
+    (_PLAN.state == ExecutionState.QUEUED.value)
+    & ~_PLAN.cancel_requested
+    & (_PLAN.available_ms <= now_ms())
+    & _PLAN.profile.is_not(None)
+    & _NODE.is_not(None)
+    & ~_IS_EXCLUDED
+)
 
 
-def node_of(connection: Connection, worker_id: str) -> str | None:
-    """The node of a worker that may claim; None for one that is unknown, draining or gone."""
-    query = select(workers.c.node).where(workers.c.id == worker_id, workers.c.state == "active")
-    return connection.execute(query).scalar_one_or_none()
-
-
-def top_of_class(class_id: str, node: str) -> Select[Any]:
-    """The best claimable plan of one class; walks the claim index from its top."""
+def top_of_class(name: str) -> Select[Any]:
+    """The best plan of the class in the parameter `name` that `worker` may claim; walks the claim index from its top."""
     columns = (_PLAN.id, _PLAN.class_id, _PLAN.priority, _PLAN.created_ms, _PLAN.number)
-    return select(*columns).where(_PLAN.class_id == class_id, claimable(node)).order_by(*_BEST_FIRST).limit(1)
+    return select(*columns).where(_PLAN.class_id == bindparam(name), CLAIMABLE).order_by(*_BEST_FIRST).limit(1)
 
 
-def best_classes(connection: Connection, class_ids: Collection[str], node: str) -> list[str]:
-    """The classes that have claimable plans, that with the best plan first."""
-    tops: list[Row[Any]] = []
+# The row is locked before it is updated: a plain UPDATE would wait for whoever is just claiming the same plan.
+_TAKE = top_of_class("class_0").with_for_update(skip_locked=True, key_share=True, of=runtime_plans)
+_LEASE = (
+    update(runtime_plans)
+    .where(_PLAN.id == bindparam("plan"), _PLAN.state == ExecutionState.QUEUED.value)
+    .values(
+        state=step(ExecutionState.QUEUED, Event.CLAIM).value,
+        lease_id=bindparam("lease"),
+        lease_expires_ms=now_ms() + bindparam("lease_ms", type_=BigInteger),
+        worker_id=bindparam("worker"),
+        worker_node=_NODE,
+        attempt=_PLAN.attempt + 1,
+        reason=None,
+    )
+    .returning(_PLAN.id, _PLAN.tenant_id, _PLAN.job_id, _PLAN.attempt, _PLAN.worker_id, _PLAN.worker_node)
+)
+_BEGIN_ATTEMPT = insert(attempts).values(started_ms=now_ms(), outcome="running")
+_WORK = (
+    select(runtime_plans, jobs.c.generation, plan_classes.c.requirements)
+    .join_from(runtime_plans, jobs, jobs.c.id == _PLAN.job_id)
+    .join(plan_classes, plan_classes.c.class_id == _PLAN.class_id)
+    .where(_PLAN.lease_id == bindparam("lease"), _PLAN.state.in_(HELD_STATES))
+)
+_HAS_RESULT = select(results.c.row).where(results.c.job_id == job_rows.c.job_id, results.c.row == job_rows.c.row).exists()
+_ROWS = select(job_rows).where(job_rows.c.plan_id == bindparam("plan"), ~_HAS_RESULT).order_by(job_rows.c.row)
+
+
+@cache
+def _tops(count: int) -> CompoundSelect[Any]:
+    """The tops of that many classes, in the parameters `class_0`, `class_1`, …"""
+    return union_all(*(select(top_of_class(f"class_{number}").subquery()) for number in range(count)))
+
+
+def best_classes(connection: Connection, class_ids: Collection[str], worker_id: str) -> list[str]:
+    """The classes that have plans which this worker may claim, that with the best plan first."""
+    tops: set[Row[Any]] = set()
     for some in _chunks(sorted(set(class_ids))):
-        heads = union_all(*(select(top_of_class(class_id, node).subquery()) for class_id in some))
-        tops += connection.execute(heads).all()
-    tops.sort(key=lambda top: (-top.priority, top.created_ms, top.number, top.id))
-    return [top.class_id for top in tops]
+        # Padded to a power of two with its own last class, so that few statements serve any number of classes.
+        size = 1 << (len(some) - 1).bit_length()
+        padded = {f"class_{number}": some[min(number, len(some) - 1)] for number in range(size)}
+        tops |= set(connection.execute(_tops(size), {"worker": worker_id, **padded}).all())
+    best_first = sorted(tops, key=lambda top: (-top.priority, top.created_ms, top.number, top.id))
+    return [top.class_id for top in best_first]
 
 
 def _chunks(items: Iterable[str]) -> Iterator[list[str]]:
@@ -71,51 +105,29 @@ def _chunks(items: Iterable[str]) -> Iterator[list[str]]:
 
 def claim(connection: Connection, worker_id: str, lease_id: str, class_ids: Collection[str], lease_ms: int) -> Assignment | None:
     """Lease the best plan to this worker, or nothing."""
-    node = node_of(connection, worker_id)
-    if node is None:
-        return None
-    for class_id in best_classes(connection, class_ids, node):
-        top = top_of_class(class_id, node).with_for_update(skip_locked=True, key_share=True, of=runtime_plans)
-        taken = connection.execute(top).one_or_none()
-        if taken is not None:
-            _lease(connection, taken.id, worker_id, node, lease_id, lease_ms)
+    names = list(class_ids) if len(class_ids) == 1 else best_classes(connection, class_ids, worker_id)
+    for name in names:
+        top = connection.execute(_TAKE, {"worker": worker_id, "class_0": name}).one_or_none()
+        if top is not None:
+            _lease(connection, top.id, {"worker": worker_id, "lease": lease_id, "lease_ms": lease_ms})
             return assignment_of(connection, lease_id, lease_ms)
     return None
 
 
-def _lease(connection: Connection, plan_id: str, worker_id: str, node: str, lease_id: str, lease_ms: int) -> None:
-    after = step(ExecutionState.QUEUED, Event.CLAIM)
-    leased = update(runtime_plans).where(_PLAN.id == plan_id, _PLAN.state == ExecutionState.QUEUED.value)
-    leased = leased.values(
-        state=after.value,
-        lease_id=lease_id,
-        lease_expires_ms=now_ms() + lease_ms,
-        worker_id=worker_id,
-        worker_node=node,
-        attempt=_PLAN.attempt + 1,
-        reason=None,
-    )
-    plan = connection.execute(leased.returning(_PLAN.id, _PLAN.tenant_id, _PLAN.job_id, _PLAN.attempt)).one()
-    holder = {"worker_id": worker_id, "worker_node": node}
-    attempt = {"plan_id": plan_id, "number": plan.attempt, "lease_id": lease_id, "outcome": "running", **holder}
-    connection.execute(insert(attempts).values(started_ms=now_ms(), **attempt))
-    append_event(connection, plan, "claim", from_state=ExecutionState.QUEUED, to_state=after, **holder)
+def _lease(connection: Connection, plan_id: str, holder: dict[str, Any]) -> None:
+    plan = connection.execute(_LEASE, {"plan": plan_id, **holder}).one()
+    attempt = {"plan_id": plan.id, "number": plan.attempt, "lease_id": holder["lease"]}
+    connection.execute(_BEGIN_ATTEMPT, attempt | {"worker_id": plan.worker_id, "worker_node": plan.worker_node})
+    append_event(connection, plan, "claim", from_state=ExecutionState.QUEUED, to_state=ExecutionState.LEASED)
 
 
 def assignment_of(connection: Connection, lease_id: str, lease_ms: int) -> Assignment | None:
     """The work under this lease: the plan and its rows without a result. None when the lease holds nothing."""
-    query = (
-        select(runtime_plans, jobs.c.generation, plan_classes.c.requirements)
-        .join_from(runtime_plans, jobs, jobs.c.id == _PLAN.job_id)
-        .join(plan_classes, plan_classes.c.class_id == _PLAN.class_id)
-        .where(_PLAN.lease_id == lease_id, _PLAN.state.in_(HELD_STATES))
-    )
-    plan = connection.execute(query).one_or_none()
+    plan = connection.execute(_WORK, {"lease": lease_id}).one_or_none()
     if plan is None:
         return None
     generation = from_json(GenerationConfig, plan.generation)
-    answered = select(results.c.row).where(results.c.job_id == job_rows.c.job_id, results.c.row == job_rows.c.row)
-    rows = select(job_rows).where(job_rows.c.plan_id == plan.id, ~answered.exists()).order_by(job_rows.c.row)
+    rows = connection.execute(_ROWS, {"plan": plan.id})
     return Assignment(
         plan_id=plan.id,
         job_id=plan.job_id,
@@ -126,7 +138,7 @@ def assignment_of(connection: Connection, lease_id: str, lease_ms: int) -> Assig
         profile=from_json(ModelProfile, plan.profile),
         config=from_json(RuntimeConfig, plan.config),
         requirements=from_json(Requirements, plan.requirements),
-        rows=tuple(work_row(row, generation) for row in connection.execute(rows)),
+        rows=tuple(work_row(row, generation) for row in rows),
         lease_ms=lease_ms,
         micro_batch_limit=plan.micro_batch_limit,
         lone_crashes=frozenset(plan.lone_crashes),

@@ -8,7 +8,7 @@ answer, and the repeated verb asks by lease id what has become of the first.
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ollm_service.core.capabilities import Capabilities, LiveState
@@ -32,7 +32,7 @@ from ollm_service.store.columns import now_ms
 from ollm_service.store.engine import Database
 from ollm_service.store.mapping import shown_columns
 from ollm_service.store.tables import attempts, exclusions, plan_classes, runtime_plans
-from ollm_service.store.transitions import append_event, end_attempt, end_early, lock_by_lease, move, write_results
+from ollm_service.store.transitions import end_attempt, end_early, event_of, lock_by_lease, move, write_results
 
 # How long a failed node stays away once the retry is due: several idle polls (1-2 s) of every other worker.
 EXCLUDED_AFTER_FAILURE_MS = 6_000
@@ -80,8 +80,7 @@ class Leases:
             return None
 
         def has_work(connection: Connection) -> bool:
-            node = claiming.node_of(connection, worker_id)
-            return node is not None and bool(claiming.best_classes(connection, class_ids, node))
+            return bool(claiming.best_classes(connection, class_ids, worker_id))
 
         # On SQLite a look without the write lock, so that idle workers do not stand in the way of the one that writes.
         if self._database.is_sqlite and not self._database.read(has_work):
@@ -108,7 +107,7 @@ class Leases:
             plan = lock_by_lease(connection, lease_id)
             if plan is None:
                 return False
-            move(connection, plan, Event.START, kind="start", condition=None, **_first_start(plan))
+            move(connection, plan, Event.START, kind="start", condition=None)
             return True
 
         return self._database.write(work)
@@ -118,8 +117,8 @@ class Leases:
     def record(self, lease_id: str, results: Sequence[RowResult], report: AttemptReport | None = None) -> Recorded | LeaseLost:
         """Write results; rows that have one already are skipped. The last one ends the plan as succeeded.
 
-        The attempt's first report says how it really ran, later ones bring newer measurements. Raises ValueError for a row that
-        is not the plan's.
+        How an attempt really runs is settled by its report with its first row; later ones bring newer measurements. Raises
+        ValueError for a row that is not the plan's.
         """
 
         def work(connection: Connection) -> Recorded | LeaseLost:
@@ -128,43 +127,19 @@ class Leases:
                 is_done = _ended_attempt(connection, lease_id, "record") is not None
                 return Recorded(inserted=0, is_finished=True) if is_done else LeaseLost()
             inserted, failed = write_results(connection, plan, results)
-            values = _progress(plan, inserted, failed) | self._report(connection, plan, report, is_shown=inserted > 0)
+            values = _progress(plan, inserted, failed)
+            history: list[dict[str, Any]] = []
+            if report is not None and _keep_report(connection, plan, report) and inserted:
+                shown, history = _show(plan, report)
+                values |= shown
             is_finished = plan.rows_done + inserted == plan.row_count
             event, kind = (Event.FINISH, "finish") if is_finished else (Event.RECORD, "record")
-            move(connection, plan, event, kind=kind, condition=None, **_first_start(plan), **values)
+            move(connection, plan, event, kind=kind, condition=None, history=history, **values)
             if is_finished:
                 end_attempt(connection, plan, outcome=ExecutionState.SUCCEEDED.value, ended_by="record")
             return Recorded(inserted=inserted, is_finished=is_finished)
 
         return self._database.write(work)
-
-    def _report(self, connection: Connection, plan: Row[Any], report: AttemptReport | None, *, is_shown: bool) -> dict[str, Any]:
-        """Keep an attempt's report; returns the plan's columns when this is the first of an attempt that recorded a row."""
-        if report is None:
-            return {}
-        current = (attempts.c.plan_id == plan.id) & (attempts.c.number == plan.attempt)
-        query = select(attempts.c.runtime_plan, attempts.c.measured).where(current)
-        stored = connection.execute(query).one()
-        values: dict[str, Any] = {"measured": {**(stored.measured or {}), **report.measured}}
-        is_first = stored.runtime_plan is None
-        if is_first:
-            values |= {"runtime_plan": to_json(report.runtime_plan), "placement": dict(report.placement)}
-        connection.execute(update(attempts).where(current).values(**values))
-        if not (is_first and is_shown):
-            return {}
-        state = report.runtime_plan.specialization_state.value
-        if state != plan.specialization_state:
-            append_event(
-                connection,
-                plan,
-                state,
-                from_state=plan.specialization_state,
-                to_state=state,
-                reason=report.runtime_plan.fallback_reason or report.runtime_plan.reason,
-                worker_id=plan.worker_id,
-                worker_node=plan.worker_node,
-            )
-        return {"finalized": to_json(report.runtime_plan), **shown_columns(report.runtime_plan)}
 
     # --- handing the plan back
 
@@ -172,17 +147,18 @@ class Leases:
         """The attempt failed: tried again later and elsewhere, or given up; cancelled if its user asked for that."""
 
         def work(connection: Connection, plan: Row[Any]) -> str:
-            self._report(connection, plan, report, is_shown=False)
+            if report is not None:
+                _keep_report(connection, plan, report)
             failures, reason = plan.failures + 1, f"{failure.code}: {failure.message}"
             if plan.cancel_requested:
                 return _end_cancelled(connection, plan, "fail")
             decision = decide(failure, failures, self._draw)
             if isinstance(decision, GiveUp):
                 return end_early(connection, plan, Event.GIVE_UP, kind="fail", message=reason, failures=failures)
-            due = now_ms() + decision.after_ms
-            _exclude(connection, plan, decision.after_ms + EXCLUDED_AFTER_FAILURE_MS, is_decline=False, reason=reason)
+            wait_ms = decision.after_ms
+            _exclude(connection, plan, wait_ms + EXCLUDED_AFTER_FAILURE_MS, is_decline=False, reason=reason)
             end_attempt(connection, plan, outcome="failed", ended_by="fail")
-            return move(connection, plan, Event.REQUEUE, kind="fail", reason=reason, failures=failures, available_ms=due)
+            return move(connection, plan, Event.REQUEUE, kind="fail", reason=reason, failures=failures, wait_ms=wait_ms)
 
         return self._hand_back(lease_id, "fail", work)
 
@@ -216,7 +192,7 @@ class Leases:
                 assert changed is not None, "this transaction holds the plan's lock"
                 return _end_cancelled(connection, changed, "crash")
             end_attempt(connection, plan, outcome="crashed", ended_by="crash")
-            return move(connection, plan, Event.REQUEUE, kind="crash", reason=reason, available_ms=now_ms(), **values)
+            return move(connection, plan, Event.REQUEUE, kind="crash", reason=reason, **values)
 
         return self._hand_back(lease_id, "crash", work)
 
@@ -232,7 +208,7 @@ class Leases:
                 declines += 1
                 _exclude(connection, plan, decline_ms, is_decline=True, reason=reason)
             end_attempt(connection, plan, outcome="released" if decline_ms is None else "declined", ended_by=kind)
-            return move(connection, plan, Event.REQUEUE, kind=kind, reason=reason, declines=declines, available_ms=now_ms())
+            return move(connection, plan, Event.REQUEUE, kind=kind, reason=reason, declines=declines)
 
         return self._hand_back(lease_id, kind, work)
 
@@ -264,8 +240,26 @@ class Leases:
         return reaping.hold_off(self._database, lease_ms=self.lease_ms)
 
 
-def _first_start(plan: Row[Any]) -> dict[str, Any]:
-    return {"started_ms": now_ms()} if plan.started_ms is None else {}
+_KEEP_REPORT = update(attempts).where(attempts.c.plan_id == bindparam("plan"), attempts.c.number == bindparam("attempt"))
+
+
+def _keep_report(connection: Connection, plan: Row[Any], report: AttemptReport) -> bool:
+    """Keep what an attempt tells of itself; false when how it runs is settled, since it has recorded a row."""
+    is_open: bool = plan.finalized_by != plan.attempt
+    values = {"plan": plan.id, "attempt": plan.attempt, "measured": dict(report.measured)}
+    if is_open:
+        values |= {"runtime_plan": to_json(report.runtime_plan), "placement": dict(report.placement)}
+    connection.execute(_KEEP_REPORT, values)
+    return is_open
+
+
+def _show(plan: Row[Any], report: AttemptReport) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The plan's columns and the event that show how its newest attempt really runs."""
+    ran = report.runtime_plan
+    before, after = plan.specialization_state, ran.specialization_state.value
+    reason = ran.fallback_reason or ran.reason
+    events = [event_of(plan, after, from_state=before, to_state=after, reason=reason)] if after != before else []
+    return {"finalized": to_json(ran), "finalized_by": plan.attempt, **shown_columns(ran)}, events
 
 
 def _progress(plan: Row[Any], inserted: int, failed: int) -> dict[str, Any]:

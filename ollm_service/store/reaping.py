@@ -100,7 +100,7 @@ def _take_back(connection: Connection, plan: Row[Any]) -> None:
         end_early(connection, plan, Event.BURY, kind="reap", message=message, losses=losses)
     else:
         end_attempt(connection, plan, outcome="lost", ended_by="reap")
-        move(connection, plan, Event.REQUEUE, kind="reap", reason=reason, losses=losses, available_ms=now_ms())
+        move(connection, plan, Event.REQUEUE, kind="reap", reason=reason, losses=losses)
 
 
 def _expire(connection: Connection, plan: Row[Any]) -> None:

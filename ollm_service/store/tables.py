@@ -101,6 +101,7 @@ runtime_plans = Table(
     Column("condition", String),
     Column("planned", JsonText, nullable=False, comment="the RuntimePlan as intended"),
     Column("finalized", JsonText, comment="the RuntimePlan of the newest attempt that recorded a row"),
+    Column("finalized_by", Integer, comment="that attempt"),
     Column("profile", JsonText),
     Column("config", JsonText, nullable=False),
     Column("inventory_seq", BigInteger, nullable=False),

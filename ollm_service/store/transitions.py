@@ -7,7 +7,7 @@ of concurrent inserts.
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, insert, literal, select, update
+from sqlalchemy import BigInteger, Connection, Row, bindparam, func, insert, literal, select, update
 
 from ollm_service.core.leasing import RowResult
 from ollm_service.core.lifecycle import HELD_STATES, Event, ExecutionState, step
@@ -18,61 +18,117 @@ _HEAVY = {"planned", "finalized", "profile", "config"}
 LIGHT_COLUMNS = tuple(column for column in runtime_plans.c if column.name not in _HEAVY)
 INSERT_BATCH = 1_000
 
+# Statements are built once: at a few hundred plans per second, building them anew costs more than the database does.
+_PLAN = runtime_plans.c
+_LOCK = select(*LIGHT_COLUMNS).with_for_update(key_share=True)
+_LOCK_BY_LEASE = _LOCK.where(_PLAN.lease_id == bindparam("lease"), _PLAN.state.in_(HELD_STATES))
+_LOCK_BY_ID = _LOCK.where(_PLAN.id == bindparam("plan"))
+_MOVE = update(runtime_plans).where(_PLAN.id == bindparam("plan"), _PLAN.state == bindparam("before"))
+_MOVE_TO_HELD = _MOVE.values(started_ms=func.coalesce(_PLAN.started_ms, now_ms()))
+_MOVE_TO_QUEUED = _MOVE.values(queued_ms=now_ms(), available_ms=now_ms() + bindparam("wait", type_=BigInteger))
+_MOVE_TO_END = _MOVE.values(finished_ms=now_ms())
+_APPEND = insert(plan_events).values(at_ms=now_ms())
+_END_ATTEMPT = update(attempts).where(
+    attempts.c.plan_id == bindparam("plan"), attempts.c.number == bindparam("attempt"), attempts.c.ended_ms.is_(None)
+)
+_END_ATTEMPT = _END_ATTEMPT.values(ended_ms=now_ms())
+_HAS_RESULT = (results.c.job_id == job_rows.c.job_id) & (results.c.row == job_rows.c.row)
+_KNOWN_ROWS = (
+    select(job_rows.c.row, results.c.seq)
+    .join_from(job_rows, results, _HAS_RESULT, isouter=True)
+    .where(job_rows.c.plan_id == bindparam("plan"), job_rows.c.row.in_(bindparam("rows", expanding=True)))
+)
+_COUNT = (
+    update(jobs)
+    .where(jobs.c.id == bindparam("job"))
+    .values(
+        seq=jobs.c.seq + bindparam("new"),
+        succeeded=jobs.c.succeeded + bindparam("new") - bindparam("wrong"),
+        failed=jobs.c.failed + bindparam("wrong"),
+        prompt_tokens=jobs.c.prompt_tokens + bindparam("prompt"),
+        completion_tokens=jobs.c.completion_tokens + bindparam("completion"),
+    )
+    .returning(jobs.c.seq)
+)
+_INSERT_RESULTS = insert(results).values(created_ms=now_ms())
+
 
 def lock_by_lease(connection: Connection, lease_id: str) -> Row[Any] | None:
     """The plan that this lease holds, locked; None when the lease holds nothing (any more). The guard of every worker's write."""
-    guard = (runtime_plans.c.lease_id == lease_id) & runtime_plans.c.state.in_(HELD_STATES)
-    return connection.execute(select(*LIGHT_COLUMNS).where(guard).with_for_update(key_share=True)).one_or_none()
+    return connection.execute(_LOCK_BY_LEASE, {"lease": lease_id}).one_or_none()
 
 
 def lock_by_id(connection: Connection, plan_id: str) -> Row[Any] | None:
     """The plan record, locked."""
-    query = select(*LIGHT_COLUMNS).where(runtime_plans.c.id == plan_id).with_for_update(key_share=True)
-    return connection.execute(query).one_or_none()
+    return connection.execute(_LOCK_BY_ID, {"plan": plan_id}).one_or_none()
 
 
-def move(connection: Connection, plan: Row[Any], event: Event, *, kind: str, reason: str | None = None, **values: Any) -> str:
-    """Move a locked plan by an event of the table and append it to the history; `values` are other columns to set.
+def move(
+    connection: Connection,
+    plan: Row[Any],
+    event: Event,
+    *,
+    kind: str,
+    reason: str | None = None,
+    wait_ms: int = 0,
+    history: Sequence[dict[str, Any]] = (),
+    **values: Any,
+) -> str:
+    """Move a locked plan by an event of the table and append it to the history, behind the events in `history`.
 
-    Returns the new state. Raises IllegalTransition where the table has no row.
+    `values` are other columns to set; a requeued plan is available after `wait_ms`. Returns the new state. Raises
+    IllegalTransition where the table has no row.
     """
     before = ExecutionState(plan.state)
     after = step(before, event)
+    values |= {"state": after.value, "reason": reason, "plan": plan.id, "before": before.value}
     if before.is_held and not after.is_held:
         values |= {"lease_id": None, "lease_expires_ms": None}
+    statement = _MOVE_TO_HELD
     if after is ExecutionState.QUEUED:
-        values |= {"worker_id": None, "worker_node": None, "queued_ms": now_ms()}
-    if after.is_final:
-        values |= {"finished_ms": now_ms(), "cancel_requested": False}
-    changed = update(runtime_plans).where(runtime_plans.c.id == plan.id, runtime_plans.c.state == before)
-    connection.execute(changed.values(state=after.value, reason=reason, **values))
-    worker = {name: values.get(name) or getattr(plan, name) for name in ("worker_id", "worker_node")}
-    if after is not before or event not in (Event.RECORD, Event.START):
-        append_event(connection, plan, kind, from_state=before, to_state=after, reason=reason, **worker)
+        statement = _MOVE_TO_QUEUED
+        values |= {"worker_id": None, "worker_node": None, "wait": wait_ms}
+    elif after.is_final:
+        statement = _MOVE_TO_END
+        values |= {"cancel_requested": False}
+    connection.execute(statement, values)
+    events = list(history)
+    if after is not before:
+        events.append(event_of(plan, kind, from_state=before, to_state=after, reason=reason))
+    if events:
+        connection.execute(_APPEND, events)
     return after.value
 
 
+def event_of(
+    plan: Row[Any], kind: str, *, from_state: str | None, to_state: str | None, reason: str | None = None
+) -> dict[str, Any]:
+    """One line of a plan's history, to be appended."""
+    return {
+        "tenant_id": plan.tenant_id,
+        "job_id": plan.job_id,
+        "plan_id": plan.id,
+        "kind": kind,
+        "from_state": from_state,
+        "to_state": to_state,
+        "worker_id": plan.worker_id,
+        "worker_node": plan.worker_node,
+        "reason": reason,
+    }
+
+
 def append_event(
-    connection: Connection,
-    plan: Row[Any],
-    kind: str,
-    *,
-    from_state: str | None,
-    to_state: str | None,
-    reason: str | None = None,
-    worker_id: str | None = None,
-    worker_node: str | None = None,
+    connection: Connection, plan: Row[Any], kind: str, *, from_state: str | None, to_state: str | None, reason: str | None = None
 ) -> None:
-    """One line of the plan's history, at the database's time."""
-    values = {"from_state": from_state, "to_state": to_state, "worker_id": worker_id, "worker_node": worker_node}
-    identity = {"tenant_id": plan.tenant_id, "job_id": plan.job_id, "plan_id": plan.id}
-    connection.execute(insert(plan_events).values(at_ms=now_ms(), kind=kind, reason=reason, **identity, **values))
+    """Append one line to a plan's history, at the database's time."""
+    event = event_of(plan, kind, from_state=from_state, to_state=to_state, reason=reason)
+    connection.execute(_APPEND, [event])
 
 
 def end_attempt(connection: Connection, plan: Row[Any], *, outcome: str, ended_by: str) -> None:
     """Close the running attempt of a plan that leaves its holder."""
-    current = (attempts.c.plan_id == plan.id) & (attempts.c.number == plan.attempt) & attempts.c.ended_ms.is_(None)
-    connection.execute(update(attempts).where(current).values(outcome=outcome, ended_by=ended_by, ended_ms=now_ms()))
+    values = {"plan": plan.id, "attempt": plan.attempt, "outcome": outcome, "ended_by": ended_by}
+    connection.execute(_END_ATTEMPT, values)
 
 
 def end_early(connection: Connection, plan: Row[Any], event: Event, *, kind: str, message: str, **values: Any) -> str:
@@ -92,25 +148,21 @@ def write_results(connection: Connection, plan: Row[Any], answers: Sequence[RowR
     The plan's lock makes `fresh` exact: nobody else writes results for its rows. Raises ValueError for a row of another plan.
     """
     wanted = {answer.row: answer for answer in answers}
-    answered = (results.c.job_id == job_rows.c.job_id) & (results.c.row == job_rows.c.row)
-    query = select(job_rows.c.row, results.c.seq).join_from(job_rows, results, answered, isouter=True)
-    known = connection.execute(query.where(job_rows.c.plan_id == plan.id, job_rows.c.row.in_(wanted))).all()
+    known = connection.execute(_KNOWN_ROWS, {"plan": plan.id, "rows": list(wanted)}).all() if wanted else []
     if len(known) != len(wanted):
         raise ValueError(f"plan {plan.id} has no such rows: {sorted(set(wanted) - {row.row for row in known})}")
-    fresh = [wanted[row.row] for row in known if row.seq is None]
+    fresh = sorted((wanted[row.row] for row in known if row.seq is None), key=lambda answer: answer.row)
     if not fresh:
         return 0, 0
     failed = sum(answer.error is not None for answer in fresh)
     newest = _count_on_job(
         connection,
         plan.job_id,
-        succeeded=len(fresh) - failed,
-        failed=failed,
-        prompt_tokens=sum(answer.prompt_tokens for answer in fresh),
-        completion_tokens=sum(answer.completion_tokens for answer in fresh),
+        new=len(fresh),
+        wrong=failed,
+        prompt=sum(answer.prompt_tokens for answer in fresh),
+        completion=sum(answer.completion_tokens for answer in fresh),
     )
-    first = newest - len(fresh) + 1
-    at_ms = connection.scalar(select(now_ms()))
     rows = [
         {
             "job_id": plan.job_id,
@@ -124,12 +176,11 @@ def write_results(connection: Connection, plan: Row[Any], answers: Sequence[RowR
             "completion_tokens": answer.completion_tokens,
             "error_code": answer.error.code if answer.error else None,
             "error_message": answer.error.message if answer.error else None,
-            "created_ms": at_ms,
         }
-        for seq, answer in enumerate(sorted(fresh, key=lambda answer: answer.row), start=first)
+        for seq, answer in enumerate(fresh, start=newest - len(fresh) + 1)
     ]
     for start in range(0, len(rows), INSERT_BATCH):
-        connection.execute(insert(results), rows[start : start + INSERT_BATCH])
+        connection.execute(_INSERT_RESULTS, rows[start : start + INSERT_BATCH])
     return len(fresh), failed
 
 
@@ -138,8 +189,8 @@ def write_errors(connection: Connection, plan: Row[Any], *, code: str, message: 
     missing: int = plan.row_count - plan.rows_done
     if not missing:
         return 0
-    newest = _count_on_job(connection, plan.job_id, failed=missing)
-    has_result = select(results.c.row).where(results.c.job_id == job_rows.c.job_id, results.c.row == job_rows.c.row)
+    newest = _count_on_job(connection, plan.job_id, new=missing, wrong=missing)
+    has_result = select(results.c.row).where(_HAS_RESULT)
     names = ("job_id", "row", "seq", "plan_id", "attempt", "prompt_tokens", "completion_tokens")
     source = select(
         job_rows.c.job_id,
@@ -160,24 +211,8 @@ def write_errors(connection: Connection, plan: Row[Any], *, code: str, message: 
     return missing
 
 
-def _count_on_job(
-    connection: Connection,
-    job_id: str,
-    *,
-    succeeded: int = 0,
-    failed: int = 0,
-    prompt_tokens: int = 0,
-    completion_tokens: int = 0,
-) -> int:
+def _count_on_job(connection: Connection, job_id: str, *, new: int, wrong: int, prompt: int = 0, completion: int = 0) -> int:
     """Count new results on the job, which locks it until the commit, and return the newest cursor."""
-    column = jobs.c
-    counted = update(jobs).where(column.id == job_id)
-    counted = counted.values(
-        seq=column.seq + succeeded + failed,
-        succeeded=column.succeeded + succeeded,
-        failed=column.failed + failed,
-        prompt_tokens=column.prompt_tokens + prompt_tokens,
-        completion_tokens=column.completion_tokens + completion_tokens,
-    )
-    newest: int = connection.execute(counted.returning(column.seq)).scalar_one()
+    values = {"job": job_id, "new": new, "wrong": wrong, "prompt": prompt, "completion": completion}
+    newest: int = connection.execute(_COUNT, values).scalar_one()
     return newest

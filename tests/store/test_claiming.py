@@ -146,7 +146,8 @@ def test_a_claim_reads_the_top_of_an_index(store: Store, store_url: str, count: 
     engine = _fill(store_url, count)
     is_sqlite = engine.dialect.name == "sqlite"
     dialect = sqlite.dialect() if is_sqlite else postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's own
-    query = top_of_class(class_of(), "north").with_for_update(skip_locked=True, key_share=True)
+    worker = new_worker(store)
+    query = top_of_class("name").params(name=class_of(), worker=worker).with_for_update(skip_locked=True, key_share=True)
     compiled = str(query.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
     with engine.connect() as connection:
         lines = [
@@ -156,6 +157,6 @@ def test_a_claim_reads_the_top_of_an_index(store: Store, store_url: str, count: 
         assert "ix_runtime_plans_claim" in plan, plan
         assert "Sort" not in plan, plan
         assert "TEMP B-TREE" not in plan, plan
-        assert best_classes(connection, [class_of()], "north") == [class_of()]
+        assert best_classes(connection, [class_of()], worker) == [class_of()]
     engine.dispose()
     assert claim(store, new_worker(store)) is not None
