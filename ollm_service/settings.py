@@ -1,5 +1,6 @@
 """How is this process configured? One frozen Settings, read from `OLLM_*` variables at entry points only."""
 
+import re
 import socket
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +12,7 @@ from ollm_service.core.errors import MisconfiguredService
 from ollm_service.core.labels import Attributes
 
 MEMORY_BROKER = "memory://"
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
 
 
 class Settings(BaseSettings):
@@ -85,7 +87,5 @@ class Settings(BaseSettings):
 
 
 def _number_or_text(value: str) -> str | float:
-    try:
-        return float(value)
-    except ValueError:
-        return value
+    # Python's float() would also take `nan`, `inf` and `1_000`, which an operator means as texts and JSON cannot hold.
+    return float(value) if _NUMBER.fullmatch(value) else value
