@@ -7,6 +7,7 @@ import pytest
 
 from ollm_service.core.leasing import Assignment, AttemptReport, LeaseLost, Recorded, Released, RowError, RowResult
 from ollm_service.core.lifecycle import ExecutionState
+from ollm_service.core.retry import Failure
 from ollm_service.store.database import Store
 from tests.store.ageing import let_time_pass
 from tests.store.samples import (
@@ -40,24 +41,34 @@ def test_a_repeated_record_changes_nothing(store: Store) -> None:
 
 
 def test_a_zombie_writes_nothing(store: Store, store_url: str) -> None:
-    """Every write of a holder whose lease was reaped is refused, before and after somebody else has finished."""
-    job, north, south = new_job(2), new_worker(store, "north"), new_worker(store, "south")
+    """Every write of a holder whose lease was reaped is refused: while the plan waits, while another holds it, and at its end."""
+    job, north = new_job(2), new_worker(store, "north")
     store.jobs.submit(job)
     zombie = must_claim(store, north).lease_id
     store.leases.record(zombie, answers(0))
     let_time_pass(store_url, 30_001)
     assert store.leases.reap() == 1
     south = new_worker(store, "south")
-    for _ in range(2):
+
+    def refuses_the_zombie() -> ExecutionState:
+        before = plan_of(store, job)
         assert store.leases.record(zombie, answers(1)) == LeaseLost()
         assert store.leases.release(zombie, reason="") == LeaseLost()
+        assert store.leases.fail(zombie, Failure(code="x", message="y")) == LeaseLost()
         assert store.leases.crash(zombie, [1], "") == LeaseLost()
         assert not store.leases.start(zombie)
         assert zombie not in store.leases.heartbeat(south, LIVE, [zombie], 0).held
-        if plan_of(store, job).state is ExecutionState.QUEUED:
-            work = must_claim(store, south)
-            assert [row.row for row in work.rows] == [1]
-            store.leases.record(work.lease_id, answers(1))
+        assert plan_of(store, job) == before
+        return before.state
+
+    assert refuses_the_zombie() == "queued"
+    work = must_claim(store, south)
+    assert [row.row for row in work.rows] == [1]
+    assert refuses_the_zombie() == "leased"
+    store.leases.start(work.lease_id)
+    assert refuses_the_zombie() == "running"
+    store.leases.record(work.lease_id, answers(1))
+    assert refuses_the_zombie() == "succeeded"
     assert [(row.row, row.attempt) for row in store.results.page(job.job_id, TENANT)] == [(0, 1), (1, 2)]
 
 
