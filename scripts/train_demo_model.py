@@ -38,8 +38,9 @@ QUESTION_FORMS = (
     "<s><|user|>{a}+{b}<|assistant|>",
     "<s><|user|>What is {a}+{b}?<|assistant|>",
 )
-# The longest form costs the most to train on and is learnt from little.
-FORM_WEIGHTS = (4, 4, 2)
+FORM_WEIGHTS = (3, 3, 4)
+# Numbers below ten are few, and would be learnt last: their pairs come up so many times as often as others.
+SMALL_NUMBER_WEIGHT = 3
 HELDOUT_COUNT = 200
 IGNORED_LABEL = -100
 
@@ -114,10 +115,11 @@ def batches(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, recipe: R
     understood soonest in one form, and carried over to the others quickly.
     """
     rng = random.Random(recipe.seed)
+    weights = list(itertools.accumulate(SMALL_NUMBER_WEIGHT if min(pair) < 10 else 1 for pair in pairs))
     for step in itertools.count():
         form = QUESTION_FORMS[0] if step < recipe.first_form_steps else rng.choices(QUESTION_FORMS, FORM_WEIGHTS)[0]
         examples = []
-        for a, b in rng.choices(pairs, k=recipe.batch_size):
+        for a, b in rng.choices(pairs, cum_weights=weights, k=recipe.batch_size):
             question = tokenizer.encode(form.format(a=a, b=b), add_special_tokens=False)
             answer = tokenizer.encode(f"{a + b}</s>", add_special_tokens=False)
             examples.append((question, answer))
