@@ -118,6 +118,7 @@ class Attempt:
         self._has_heard = False
         self._found_running = False
         self._stalled = False
+        self._has_terminated = False
 
     def run(self) -> Ending:
         """Work until the plan has left this worker. Raises only what is a bug here."""
@@ -163,6 +164,7 @@ class Attempt:
     def _hand_over(self, profile: ModelProfile, placement: Placement) -> bool:
         work, folder = self._assignment, self._slot.cache_folder
         missing = tuple(row for row in work.rows if row.row in self._missing)
+        self._stalled = False
         try:
             self._found_running = not self._slot.ready_runner()
         except OSError as error:
@@ -179,14 +181,16 @@ class Attempt:
                 profile=profile,
                 config=work.config,
                 placement=placement,
-                # Rows that crashed a runner come last, so that they cannot take the others with them.
-                rows=tuple(sorted(missing, key=lambda row: row.row in work.lone_crashes)),
+                rows=missing,
+                suspects=work.lone_crashes,
             )
         )
         return True
 
     def _started(self) -> bool:
-        """Tell the store that the work has begun, while the runner begins."""
+        """Tell the store that the work has begun, while the runner begins; with a warm model the claim has said so."""
+        if self._assignment.is_started:
+            return True
         started = self._insist(lambda: self._around.leases.start(self._lease.lease_id))
         if not started:
             self._lease.lose()
@@ -272,7 +276,12 @@ class Attempt:
             self._flush()
             self._hand_back(Ending.CRASHED, lambda: self._around.leases.crash(self._lease.lease_id, rows, cause))
         else:
-            self._fail("runner_died_loading", f"The runner died: {cause}")
+            self._flush()
+            if not self._missing:
+                self._ending = Ending.FINISHED
+                return
+            code = "runner_died" if "load_seconds" in self._measured else "runner_died_loading"
+            self._fail(code, f"The runner died: {cause}")
 
     # --- what time does
 
@@ -310,7 +319,8 @@ class Attempt:
         patience = self._around.patience
         if self._around.must_hurry() or now - since >= (patience.kill_when_lost if why is Stopping.LOST else patience.kill):
             self._slot.runner.kill()
-        elif now - since >= patience.terminate:
+        elif now - since >= patience.terminate and not self._has_terminated:
+            self._has_terminated = True
             self._slot.runner.terminate()
 
     # --- handing in and handing back

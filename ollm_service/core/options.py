@@ -36,7 +36,8 @@ _DEVICE = re.compile(r"cpu|mps|cuda(:\d{1,3})?", re.ASCII)
 class RuntimeConfig:
     """How the user wants the model to run; every default leaves the choice to the planner or the worker.
 
-    What differs from its default was asked for and is a hard requirement; the rest is preference. Raises InvalidOption naming
+    A device, a backend, a KV strategy or window, chunk rows and offloaded layers are hard requirements when set; the rest is
+    preference. Raises InvalidOption naming
     the field and the allowed values.
     """
 

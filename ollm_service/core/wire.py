@@ -32,7 +32,8 @@ class Execute:
     """Supervisor: load the model unless it is warm, apply the planned passes and answer the rows.
 
     `model_dir` and `cache_dir` are absolute on this host; the runner makes a private folder inside `cache_dir` and deletes it
-    at the end. At most `placement.micro_batch` rows run at a time.
+    at the end. At most `placement.micro_batch` rows run at a time; `suspects` are rows that crashed a runner before, which run
+    last and each alone.
     """
 
     plan_id: str
@@ -44,6 +45,7 @@ class Execute:
     config: RuntimeConfig
     placement: Placement
     rows: tuple[WorkRow, ...]
+    suspects: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

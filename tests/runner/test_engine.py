@@ -8,13 +8,25 @@ from typing import Any
 import pytest
 import torch
 
-from ollm_service.core.wire import AttemptFailed, BatchDone, BatchStarted, Finished, Loaded, Message, Progress, Stopped
+from ollm_service.core.plan import PassId
+from ollm_service.core.wire import (
+    AttemptFailed,
+    BatchDone,
+    BatchStarted,
+    Finished,
+    Loaded,
+    Message,
+    Progress,
+    SpecializationFailed,
+    Stopped,
+)
 from tests.runner.commands import make_command, of_kind, only, results_of, run, work_row
 from workers.runner.attempt import Attempt
 from workers.runner.backends import generic
 from workers.runner.engine import Engine
 from workers.runner.memory import is_out_of_memory
 from workers.runner.model import LoadedModel
+from workers.runner.passes.mlp_chunking import MlpChunking
 from workers.runner.passes.specialization import AppliedPasses
 from workers.runner.progress import Pulse
 
@@ -56,6 +68,38 @@ def test_a_stop_ends_the_plan_between_steps(engine: Engine, llama: Path) -> None
     assert isinstance(messages[-1], Stopped)
     assert len(of_kind(messages, BatchDone)) == 1
     assert set(results_of(run(engine, make_command(llama, rows)))) == {0, 1, 2}
+
+
+class Brittle(MlpChunking):
+    """A pass that breaks with an error that no pass is meant to raise, where `breaks` says: in `apply` or in `forward`."""
+
+    breaks = "apply"
+
+    def apply(self) -> None:
+        """Put itself in place, or break."""
+        if self.breaks == "apply":
+            raise TypeError("not the kind of model that was expected")
+        super().apply()
+        for layer in self._model.layers():
+            layer.register_forward_pre_hook(self._break)
+
+    @staticmethod
+    def _break(_module: Any, _arguments: Any) -> None:
+        raise TypeError("SECRET PROMPT")
+
+
+@pytest.mark.parametrize("breaks", ["apply", "forward"])
+def test_any_error_under_a_planned_pass_ends_the_specialization(llama: Path, breaks: str) -> None:
+    """Whatever breaks before rows are reported is told as the passes' failure, with its type and never with a row's text."""
+    rows, messages = [work_row(0, "hello", max_new_tokens=3)], list[Message]()
+    command = make_command(llama, rows, passes=(PassId.MLP_CHUNKING,), chunk_rows=2)
+    brittle = type("Brittle", (Brittle,), {"breaks": breaks})
+    engine = Engine(lambda model, order: [brittle(model, order)])
+    engine.execute(command, messages.append, threading.Event())
+    failed = only(messages, SpecializationFailed)
+    assert (failed.error_type, set(failed.outcomes)) == ("TypeError", {PassId.MLP_CHUNKING})
+    assert "SECRET" not in failed.reason
+    assert not of_kind(messages, BatchDone)
 
 
 @pytest.fixture

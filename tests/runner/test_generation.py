@@ -160,6 +160,12 @@ def test_a_halved_micro_batch_is_tried_again() -> None:
     assert not batches
 
 
+def test_a_suspect_runs_last_and_alone() -> None:
+    """A row that crashed a runner before takes no other row with it, however long it is."""
+    batches = MicroBatches((encoded(row) for row in range(4)), most_rows=4, suspects={0, 2})
+    assert [[row.row for row in batches.take()] for _ in range(3)] == [[1, 3], [0], [2]]
+
+
 def encoded(row: int) -> EncodedRow:
     """A row of three tokens."""
     return EncodedRow(row=row, tokens=(1, 2, 3), generation=rows_of(4), max_new_tokens=4, is_clamped=False)

@@ -15,7 +15,6 @@ from typing import NoReturn, Protocol
 
 from ollm_service.core.wire import AttemptFailed, Execute, Hello, Progress
 from workers.runner.channel import Channel, Inbox
-from workers.runner.interruptions import first_line
 from workers.runner.progress import Report
 
 _LOG = logging.getLogger("workers.runner")
@@ -65,7 +64,12 @@ def main(arguments: Sequence[str], make_engine: Callable[[], Executes] = load_en
                 type(error).__name__,
             )
             channel.send(
-                AttemptFailed(stage="generating", code="runner_error", message=first_line(error), error_type=type(error).__name__)
+                AttemptFailed(
+                    stage="generating",
+                    code="runner_error",
+                    message=f"The runner failed: {type(error).__name__}.",
+                    error_type=type(error).__name__,
+                )
             )
 
 

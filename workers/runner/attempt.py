@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from ollm_service.core.leasing import RowError, RowResult
-from ollm_service.core.passes import PassOutcome
-from ollm_service.core.plan import PassId
+from ollm_service.core.passes import Failed, PassOutcome
+from ollm_service.core.plan import PassId, SpecializationState
 from ollm_service.core.wire import (
     AttemptFailed,
     BatchDone,
@@ -19,7 +19,7 @@ from ollm_service.core.wire import (
 )
 from workers.runner.batching import MicroBatches
 from workers.runner.decoding import generate
-from workers.runner.interruptions import PassFailed
+from workers.runner.interruptions import AttemptEnded, PassFailed
 from workers.runner.measurements import Measurements
 from workers.runner.memory import is_out_of_memory
 from workers.runner.model import LoadedModel, at_each_layer
@@ -45,7 +45,7 @@ class Attempt:
         self.pulse.stage = "generating"
         if refused and not runnable:
             self._report_results(refused, passes.outcomes(has_run=False), passes)
-        batches = MicroBatches(runnable, most_rows=self.command.placement.micro_batch)
+        batches = MicroBatches(runnable, most_rows=self.command.placement.micro_batch, suspects=self.command.suspects)
         with at_each_layer(model, self.pulse):
             while batches:
                 results = self._answer(model, batches)
@@ -56,8 +56,27 @@ class Attempt:
                 refused = []
         self.report(Finished(measured=self._measured(passes)))
 
-    def failure_of(self, failure: PassFailed) -> Message:
+    def ending_of(self, end: PassFailed | AttemptEnded) -> Message:
         """A failed pass ends the specialization, unless rows were reported under it already: then it ends the attempt."""
+        if isinstance(end, PassFailed):
+            return self._failure_of(end)
+        return AttemptFailed(
+            stage=end.stage, code=end.code, message=end.message, error_type=end.error_type, is_permanent=end.is_permanent
+        )
+
+    def broken_by(self, error: Exception) -> Message | None:
+        """The failure of the planned passes when anything else broke before rows were reported; None where none are planned.
+
+        Which of them it was cannot be told, so all have failed. Only the kind of error is named: its text might quote a row.
+        """
+        planned, kind = self.command.runtime_plan.specialization_pass_ids, type(error).__name__
+        if self._has_reported_rows or self.command.runtime_plan.specialization_state is not SpecializationState.PLANNED:
+            return None
+        reason = f"{kind} before the first rows were answered with {', '.join(planned)}"
+        outcomes = {pass_id: Failed(reason=reason, error_type=kind) for pass_id in planned}
+        return SpecializationFailed(outcomes=outcomes, reason=reason, error_type=kind)
+
+    def _failure_of(self, failure: PassFailed) -> Message:
         if self._has_reported_rows:
             return AttemptFailed(
                 stage="generating",

@@ -1,6 +1,6 @@
 """Which rows run together? Rows that choose tokens in the same way, longest first, at most so many at a time."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from ollm_service.core.options import GenerationConfig
 from workers.runner.prompts import EncodedRow
@@ -17,16 +17,18 @@ class MicroBatches:
     """The rows still to run, handed out as micro-batches.
 
     Longest first: what does not fit shows at once, and the first micro-batch is the one in which a pass has most to do. Equal
-    lengths lie together, so that little is padding.
+    lengths lie together, so that little is padding. Suspects, rows that have crashed a runner, come last and each alone, so that
+    they take no other row with them.
     """
 
-    def __init__(self, rows: Iterable[EncodedRow], most_rows: int) -> None:
+    def __init__(self, rows: Iterable[EncodedRow], most_rows: int, suspects: Collection[int] = ()) -> None:
         ordered = sorted(rows, key=lambda row: (-len(row.tokens), -row.max_new_tokens, row.row))
         groups: dict[Choice, list[EncodedRow]] = {}
         for row in ordered:
-            groups.setdefault(choice_of(row.generation), []).append(row)
+            if row.row not in suspects:
+                groups.setdefault(choice_of(row.generation), []).append(row)
         # A dict keeps the order of insertion: the group with the longest row comes first.
-        self._groups = list(groups.values())
+        self._groups = [*groups.values(), *([row] for row in ordered if row.row in suspects)]
         self.most_rows = max(1, most_rows)
 
     def __bool__(self) -> bool:
@@ -45,7 +47,4 @@ class MicroBatches:
     def halve(self, batch: Sequence[EncodedRow]) -> None:
         """Put back a micro-batch that was too large; from now on they are at most half of it."""
         self.most_rows = max(1, len(batch) // 2)
-        if self._groups and choice_of(self._groups[0][0].generation) == choice_of(batch[0].generation):
-            self._groups[0] = [*batch, *self._groups[0]]
-        else:
-            self._groups.insert(0, list(batch))
+        self._groups.insert(0, list(batch))

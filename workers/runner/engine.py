@@ -8,24 +8,28 @@ instead, and nothing of the attempt is kept. A micro-batch that runs out of memo
 import gc
 import threading
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 from safetensors import SafetensorError
 
-from ollm_service.core.wire import AttemptFailed, Execute, Loaded, Stopped
+from ollm_service.core.wire import Execute, Loaded, Stopped
 from workers.runner.attempt import Attempt
 from workers.runner.backends import generic, native
 from workers.runner.interruptions import AttemptEnded, PassFailed, StopRequested, first_line
 from workers.runner.memory import is_out_of_memory
 from workers.runner.model import LoadedModel
-from workers.runner.passes.specialization import AppliedPasses
+from workers.runner.passes.specialization import AppliedPasses, SpecializationPass
 from workers.runner.progress import LoadWatch, Pulse, Report
+
+PassSource = Callable[[LoadedModel, Execute], Sequence[SpecializationPass]]
 
 
 class Engine:
-    """Holds the warm model and carries out one plan at a time."""
+    """Holds the warm model and carries out one plan at a time. `planned_passes` gives the passes that a plan names."""
 
-    def __init__(self) -> None:
+    def __init__(self, planned_passes: PassSource = native.planned_passes) -> None:
+        self._planned_passes = planned_passes
         self._model: LoadedModel | None = None
         self._passes = AppliedPasses(())
 
@@ -37,23 +41,19 @@ class Engine:
         attempt = Attempt(command, report, Pulse(report, stop))
         try:
             model = self._load(command, attempt)
-            self._passes = AppliedPasses(native.planned_passes(model, command))
+            self._passes = AppliedPasses(self._planned_passes(model, command))
             self._passes.apply()
             attempt.run(model, self._passes)
         except StopRequested:
             report(Stopped())
-        except PassFailed as failure:
-            report(attempt.failure_of(failure))
-        except AttemptEnded as end:
-            report(
-                AttemptFailed(
-                    stage=end.stage,
-                    code=end.code,
-                    message=end.message,
-                    error_type=end.error_type,
-                    is_permanent=end.is_permanent,
-                )
-            )
+        except (PassFailed, AttemptEnded) as end:
+            report(attempt.ending_of(end))
+        except Exception as error:
+            # With passes planned, anything that breaks before the first rows are reported may be their doing.
+            broken = attempt.broken_by(error)
+            if broken is None:
+                raise
+            report(broken)
         finally:
             self.abandon()
 

@@ -30,6 +30,6 @@ class AttemptEnded(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The error's first line, shortened: enough to act on, too little to carry a prompt along."""
+    """The error's first line, shortened. Only for what happens before the first row is fed: later texts may quote a prompt."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

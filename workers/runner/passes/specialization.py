@@ -4,12 +4,13 @@ Each planned pass ends exactly once, as applied, not needed or failed, and the e
 is applied unless real forward passes have shown it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from ollm_service.core.passes import Failed, NotNeeded, PassOutcome
 from ollm_service.core.plan import PassId
-from workers.runner.interruptions import PassFailed
+from workers.runner.interruptions import PassFailed, StopRequested, first_line
 
 
 class SpecializationPass(Protocol):
@@ -45,14 +46,15 @@ class AppliedPasses:
     def apply(self) -> None:
         """Check and apply all, in order. Raises PassFailed at the first that fails."""
         for one in self._passes:
-            outcome = one.check()
-            if isinstance(outcome, Failed):
-                raise PassFailed(one.pass_id, outcome.reason, outcome.error_type)
-            if outcome is not None:
-                self._ended[one.pass_id] = outcome
-                continue
-            self._applied.append(one)
-            one.apply()
+            with _blamed_on(one.pass_id):
+                outcome = one.check()
+                if isinstance(outcome, Failed):
+                    raise PassFailed(one.pass_id, outcome.reason, outcome.error_type)
+                if outcome is not None:
+                    self._ended[one.pass_id] = outcome
+                    continue
+                self._applied.append(one)
+                one.apply()
 
     def outcomes(self, *, has_run: bool = True) -> dict[PassId, PassOutcome]:
         """How every planned pass ended, in planned order. Raises PassFailed when one took no effect though it had to.
@@ -74,6 +76,17 @@ class AppliedPasses:
         """Undo in reverse order."""
         while self._applied:
             self._applied.pop().undo()
+
+
+@contextmanager
+def _blamed_on(pass_id: PassId) -> Iterator[None]:
+    """Whatever goes wrong while a pass is put in place is that pass's failure."""
+    try:
+        yield
+    except (PassFailed, StopRequested):
+        raise
+    except Exception as error:
+        raise PassFailed(pass_id, f"it cannot be applied: {first_line(error)}", type(error).__name__) from error
 
 
 def outcomes_after(failure: PassFailed, planned: Sequence[PassId]) -> dict[PassId, PassOutcome]:
