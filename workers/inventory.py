@@ -53,6 +53,9 @@ class Inventory:
     def _take_cache_folders(self) -> str | None:
         """Give every slot a folder; the reason where one cannot have any."""
         for slot in self._slots.all:
+            if slot.cache_folder is not None and not slot.cache_folder.path.is_dir():
+                slot.cache_folder.release()  # somebody took it away
+                slot.cache_folder = None
             if slot.cache_folder is None:
                 try:
                     slot.cache_folder = take_folder(self._cache_root)
