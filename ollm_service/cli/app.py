@@ -1,6 +1,7 @@
 """Which verbs does `ollm-service` know? Each is a function of one of the modules beside this one."""
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -58,12 +59,16 @@ def _root(
     del version
 
 
-def main() -> None:
-    """Run one command and exit: 0 done, 2 bad option or reference, 3 plan not executable, 1 anything else."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 2 bad option or reference, 3 plan not executable, 1 anything else.
+
+    `arguments` are the process's own unless given.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        app()
+        app(args=words)
     except OllmError as error:
-        report(error, as_json="--json" in sys.argv)
+        report(error, as_json="--json" in words)
         sys.exit(exit_code(error))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

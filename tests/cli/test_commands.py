@@ -1,4 +1,4 @@
-"""Do the verbs do what they say, with the exit codes and the JSON that scripts rely on? Run as processes."""
+"""Do the verbs do what they say, with the exit codes and the JSON that scripts rely on? A few are run as processes."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ import pytest
 
 from ollm_service.coordinator.service import Service
 from ollm_service.core.leasing import RowError
-from tests.cli.conftest import REPOSITORY, Command, run_command
+from tests.cli.conftest import REPOSITORY, Command, run_process
 from tests.client.live import LiveService
 from tests.coordinator.services import answer, claim_one
 from tests.servers import refused_port
@@ -46,10 +46,10 @@ def answering(service: Service, worker_id: str) -> Callable[[], None]:
 
 
 def test_submit_prints_the_id_on_standard_output_and_the_plan_beside_it(
-    command: Command, service: Service, worker_id: str
+    process: Command, service: Service, worker_id: str
 ) -> None:
     """A script can take the id from standard output; people read why it runs so."""
-    done = command("submit", "-", "-m", "tiny", given=ROWS)
+    done = process("submit", "-", "-m", "tiny", given=ROWS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().startswith("job_")
     assert "How it will run: " in done.stderr
@@ -57,10 +57,10 @@ def test_submit_prints_the_id_on_standard_output_and_the_plan_beside_it(
     assert (job.job_id, job.row_count) == (done.stdout.strip(), 2)
 
 
-def test_waiting_prints_results_as_they_are_stored(command: Command, answering: Callable[[], None]) -> None:
+def test_waiting_prints_results_as_they_are_stored(process: Command, answering: Callable[[], None]) -> None:
     """--wait gives a JSON line in result shape for each row, and exit code 0."""
     answering()
-    done = command("submit", "-", "-m", "tiny", "--wait", given=ROWS)
+    done = process("submit", "-", "-m", "tiny", "--wait", given=ROWS)
     assert done.returncode == 0, done.stderr
     results = {line["custom_id"]: line for line in parsed(done.stdout)}
     assert {name: line["text"] for name, line in results.items()} == {"a": "said 1+1=", "row-1": "said 2+2="}
@@ -79,10 +79,12 @@ def test_a_file_is_replaced_in_one_step_and_in_row_order(command: Command, answe
     assert [path.name for path in tmp_path.glob(".out*")] == []
 
 
-def test_rows_that_failed_make_the_exit_code_1_and_are_told(command: Command, answering: Callable[[], None]) -> None:
+def test_rows_that_failed_make_the_exit_code_1_and_are_told(
+    command: Command, process: Command, answering: Callable[[], None]
+) -> None:
     """The good rows are answered, the malformed one is named with its line, and retry is offered."""
     answering()
-    done = command("submit", "-", "-m", "tiny", "--wait", given=ROWS + b"{oops\n")
+    done = process("submit", "-", "-m", "tiny", "--wait", given=ROWS + b"{oops\n")
     assert done.returncode == 1
     assert [line["error"] and line["error"]["code"] for line in parsed(done.stdout)].count("unreadable_row") == 1
     assert "line 3 is not JSON" in done.stderr
@@ -241,16 +243,16 @@ def test_what_is_not_there_is_an_error_in_words(command: Command, verb: tuple[st
     assert done.stderr.startswith("ollm-service: ")
 
 
-def test_errors_have_a_form_for_programs(command: Command) -> None:
+def test_errors_have_a_form_for_programs(process: Command) -> None:
     """With --json an error is its envelope on standard error."""
-    assert json.loads(command("job", "job_no", "--json").stderr)["error"]["code"] == "not_found"
+    assert json.loads(process("job", "job_no", "--json").stderr)["error"]["code"] == "not_found"
 
 
 def test_without_a_service_the_way_to_one_is_told(tmp_path: Path) -> None:
     """A sentence that names the variable and `up`, exit code 1, and doctor says the same."""
     url = f"http://127.0.0.1:{refused_port()}"
     for verb in ("jobs", "doctor"):
-        done = run_command(verb, base_url=url, folder=tmp_path)
+        done = run_process(verb, base_url=url, folder=tmp_path)
         assert done.returncode == 1
         told = done.stdout + done.stderr
         assert "OLLM_BASE_URL" in told
