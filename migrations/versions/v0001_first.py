@@ -102,6 +102,7 @@ def _plans() -> None:
         _need("state", STR),
         sa.Column("condition", STR),
         _need("planned", TEXT, comment="the RuntimePlan as intended"),
+        _need("schema_version", INT, comment="of the RuntimePlan as intended"),
         sa.Column("finalized", TEXT, comment="the RuntimePlan of the newest attempt that recorded a row"),
         sa.Column("finalized_by", INT, comment="that attempt"),
         sa.Column("profile", TEXT),

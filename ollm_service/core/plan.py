@@ -138,6 +138,10 @@ class ResolvedModel:
         return self.repo_id is not None and self.model_path is not None
 
 
+# The meaning of a stored RuntimePlan, kept beside it: raised when an older reader would misunderstand a newer writer.
+PLAN_SCHEMA_VERSION = 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimePlan:
     """How one model reference is intended to run, before and after a worker has tried.

@@ -4,24 +4,27 @@ Priority first, then age. Two steps, so that the number of queued plans does not
 index, then take the best of those tops that nobody else is taking (SKIP LOCKED; on SQLite there is one writer at a time).
 """
 
+import uuid
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import BigInteger, CompoundSelect, Connection, Row, Select, bindparam, insert, select, union_all, update
+from sqlalchemy import BigInteger, CompoundSelect, Connection, Row, Select, bindparam, func, insert, select, union_all, update
 
+from ollm_service.core.errors import RequestError
 from ollm_service.core.leasing import Assignment
 from ollm_service.core.lifecycle import HELD_STATES, Event, ExecutionState, step
 from ollm_service.core.options import GenerationConfig, RuntimeConfig
-from ollm_service.core.plan import RuntimePlan
+from ollm_service.core.plan import PLAN_SCHEMA_VERSION, RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements
 from ollm_service.core.wire import from_json
-from ollm_service.store.columns import now_ms
+from ollm_service.store.columns import JsonText, now_ms
 from ollm_service.store.mapping import work_row
 from ollm_service.store.tables import attempts, exclusions, job_rows, jobs, plan_classes, results, runtime_plans, workers
-from ollm_service.store.transitions import append_event
+from ollm_service.store.transitions import LIGHT_COLUMNS, append_events, end_early, event_of
 
 _PLAN = runtime_plans.c
 _BEST_FIRST = (_PLAN.priority.desc(), _PLAN.created_ms, _PLAN.number, _PLAN.id)
@@ -41,6 +44,7 @@ CLAIMABLE = (
     & ~_PLAN.cancel_requested
     & (_PLAN.available_ms <= now_ms())
     & _PLAN.profile.is_not(None)
+    & (_PLAN.schema_version <= PLAN_SCHEMA_VERSION)
     & _NODE.is_not(None)
     & ~_IS_EXCLUDED
 )
@@ -52,13 +56,24 @@ def top_of_class(name: str) -> Select[Any]:
     return select(*columns).where(_PLAN.class_id == bindparam(name), CLAIMABLE).order_by(*_BEST_FIRST).limit(1)
 
 
+_WORK_COLUMNS = (
+    *(_PLAN.id, _PLAN.job_id, _PLAN.class_id, _PLAN.attempt, _PLAN.state),
+    *(_PLAN.planned, _PLAN.profile, _PLAN.config, _PLAN.micro_batch_limit, _PLAN.lone_crashes),
+)
+# Nothing that has to be decoded: of a plan that cannot be.
+_BARE_COLUMNS = tuple(column for column in LIGHT_COLUMNS if not isinstance(column.type, JsonText))
+_BARE = select(*_BARE_COLUMNS).where(_PLAN.id == bindparam("plan"))
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError, RequestError)
+_ENDED_A_CLAIM = 10  # unreadable plans; a claim's transaction stays short
+_LEASED = step(ExecutionState.QUEUED, Event.CLAIM)
+_RUNNING = step(_LEASED, Event.START)
 # The row is locked before it is updated: a plain UPDATE would wait for whoever is just claiming the same plan.
 _TAKE = top_of_class("class_0").with_for_update(skip_locked=True, key_share=True, of=runtime_plans)
 _LEASE = (
     update(runtime_plans)
     .where(_PLAN.id == bindparam("plan"), _PLAN.state == ExecutionState.QUEUED.value)
     .values(
-        state=step(ExecutionState.QUEUED, Event.CLAIM).value,
+        state=_LEASED.value,
         lease_id=bindparam("lease"),
         lease_expires_ms=now_ms() + bindparam("lease_ms", type_=BigInteger),
         worker_id=bindparam("worker"),
@@ -68,13 +83,15 @@ _LEASE = (
     )
     .returning(_PLAN.id, _PLAN.tenant_id, _PLAN.job_id, _PLAN.attempt, _PLAN.worker_id, _PLAN.worker_node)
 )
+_LEASE_AND_START = _LEASE.values(state=_RUNNING.value, started_ms=func.coalesce(_PLAN.started_ms, now_ms()), condition=None)
 _BEGIN_ATTEMPT = insert(attempts).values(started_ms=now_ms(), outcome="running")
-_WORK = (
-    select(runtime_plans, jobs.c.generation, plan_classes.c.requirements)
+_WORK: Select[Any] = (
+    select(*_WORK_COLUMNS, jobs.c.generation, plan_classes.c.requirements)
     .join_from(runtime_plans, jobs, jobs.c.id == _PLAN.job_id)
     .join(plan_classes, plan_classes.c.class_id == _PLAN.class_id)
-    .where(_PLAN.lease_id == bindparam("lease"), _PLAN.state.in_(HELD_STATES))
 )
+_WORK_BY_ID = _WORK.where(_PLAN.id == bindparam("plan"))
+_WORK_BY_LEASE = _WORK.where(_PLAN.lease_id == bindparam("lease"), _PLAN.state.in_(HELD_STATES))
 _HAS_RESULT = select(results.c.row).where(results.c.job_id == job_rows.c.job_id, results.c.row == job_rows.c.row).exists()
 _ROWS = select(job_rows).where(job_rows.c.plan_id == bindparam("plan"), ~_HAS_RESULT).order_by(job_rows.c.row)
 
@@ -103,31 +120,68 @@ def _chunks(items: Iterable[str]) -> Iterator[list[str]]:
         yield some
 
 
-def claim(connection: Connection, worker_id: str, lease_id: str, class_ids: Collection[str], lease_ms: int) -> Assignment | None:
-    """Lease the best plan to this worker, or nothing."""
+def claim(
+    connection: Connection,
+    worker_id: str,
+    lease_id: str,
+    class_ids: Collection[str],
+    lease_ms: int,
+    *,
+    warm: Collection[str] = (),
+) -> Assignment | None:
+    """Lease the best plan to this worker, or nothing. A plan of a `warm` class starts in the same transaction.
+
+    A plan that cannot be decoded ends as failed, and the next one is taken.
+    """
     names = list(class_ids) if len(class_ids) == 1 else best_classes(connection, class_ids, worker_id)
+    holder = {"worker": worker_id, "lease": lease_id, "lease_ms": lease_ms}
+    unreadable = 0
     for name in names:
-        top = connection.execute(_TAKE, {"worker": worker_id, "class_0": name}).one_or_none()
-        if top is not None:
-            _lease(connection, top.id, {"worker": worker_id, "lease": lease_id, "lease_ms": lease_ms})
-            return assignment_of(connection, lease_id, lease_ms)
+        while unreadable < _ENDED_A_CLAIM:
+            top = connection.execute(_TAKE, {"worker": worker_id, "class_0": name}).one_or_none()
+            if top is None:
+                break
+            try:
+                work = _assignment(connection, connection.execute(_WORK_BY_ID, {"plan": top.id}).one(), lease_id, lease_ms)
+            except _UNREADABLE as error:  # every worker would stumble over it, again and again
+                _give_up(connection, top.id, worker_id, type(error).__name__)
+                unreadable += 1
+                continue
+            attempt = _lease(connection, top.id, holder, is_warm=name in warm)
+            return replace(work, attempt=attempt, is_started=name in warm)
     return None
 
 
-def _lease(connection: Connection, plan_id: str, holder: dict[str, Any]) -> None:
-    plan = connection.execute(_LEASE, {"plan": plan_id, **holder}).one()
+def _lease(connection: Connection, plan_id: str, holder: dict[str, Any], *, is_warm: bool) -> int:
+    """Lease a plan that is locked; returns the attempt's number."""
+    plan = connection.execute(_LEASE_AND_START if is_warm else _LEASE, {"plan": plan_id, **holder}).one()
     attempt = {"plan_id": plan.id, "number": plan.attempt, "lease_id": holder["lease"]}
     connection.execute(_BEGIN_ATTEMPT, attempt | {"worker_id": plan.worker_id, "worker_node": plan.worker_node})
-    append_event(connection, plan, "claim", from_state=ExecutionState.QUEUED, to_state=ExecutionState.LEASED)
+    events = [event_of(plan, "claim", from_state=ExecutionState.QUEUED, to_state=_LEASED)]
+    if is_warm:
+        events.append(event_of(plan, "start", from_state=_LEASED, to_state=_RUNNING))
+    append_events(connection, events)
+    number: int = plan.attempt
+    return number
+
+
+def _give_up(connection: Connection, plan_id: str, worker_id: str, error: str) -> None:
+    """End a locked plan that cannot be read, under a lease that nobody hears of. The error's text might hold a prompt."""
+    holder = {"worker": worker_id, "lease": str(uuid.uuid4()), "lease_ms": 0}
+    _lease(connection, plan_id, holder, is_warm=False)
+    plan = connection.execute(_BARE, {"plan": plan_id}).one()
+    end_early(connection, plan, Event.GIVE_UP, kind="fail", message=f"The stored plan or its rows cannot be read ({error}).")
 
 
 def assignment_of(connection: Connection, lease_id: str, lease_ms: int) -> Assignment | None:
     """The work under this lease: the plan and its rows without a result. None when the lease holds nothing."""
-    plan = connection.execute(_WORK, {"lease": lease_id}).one_or_none()
-    if plan is None:
-        return None
+    plan = connection.execute(_WORK_BY_LEASE, {"lease": lease_id}).one_or_none()
+    return None if plan is None else _assignment(connection, plan, lease_id, lease_ms)
+
+
+def _assignment(connection: Connection, plan: Row[Any], lease_id: str, lease_ms: int) -> Assignment:
     generation = from_json(GenerationConfig, plan.generation)
-    rows = connection.execute(_ROWS, {"plan": plan.id})
+    rows = connection.execute(_ROWS, {"plan": plan.id}).all()
     return Assignment(
         plan_id=plan.id,
         job_id=plan.job_id,
@@ -142,4 +196,5 @@ def assignment_of(connection: Connection, lease_id: str, lease_ms: int) -> Assig
         lease_ms=lease_ms,
         micro_batch_limit=plan.micro_batch_limit,
         lone_crashes=frozenset(plan.lone_crashes),
+        is_started=plan.state == _RUNNING,
     )

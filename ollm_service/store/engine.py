@@ -28,8 +28,10 @@ POOL_SIZE = 10
 # Serialization failure, deadlock, lock timeout, idle for too long in the middle of a transaction (a process that was frozen):
 # the transaction has surely not happened, and trying again may well succeed.
 _TRY_AGAIN_STATES = frozenset({"40001", "40P01", "55P03", "25P03"})
-# The server is shutting down, starting, out of connections, or has dropped ours.
-_GONE_STATES = ("08", "57P", "53300")
+# The server is shutting down, starting, out of connections, memory or disk, or has dropped ours.
+_GONE_STATES = ("08", "57P", "53")
+_BUSY_SQLITE = ("database is locked", "database table is locked")
+_FULL_SQLITE = ("database or disk is full", "disk i/o error")
 _POSTGRES_ARGUMENTS: dict[str, Any] = {
     "connect_timeout": 5,
     "keepalives_idle": 5,
@@ -62,14 +64,16 @@ def parse_url(text: str) -> URL:
 
 def connect(url: URL) -> Engine:
     """An engine with our settings; nothing is dialled yet. Raises MisconfiguredService where the driver is missing."""
+    # Statements carry prompts and answers, which no error text may show.
+    settings: dict[str, Any] = {"hide_parameters": True, "pool_size": POOL_SIZE}
     if url.get_backend_name() == "sqlite":
-        engine = create_engine(url, connect_args={"timeout": BUSY_MS / 1000}, pool_size=POOL_SIZE, max_overflow=-1)
+        engine = create_engine(url, connect_args={"timeout": BUSY_MS / 1000}, max_overflow=-1, **settings)
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
     arguments = {name: value for name, value in _POSTGRES_ARGUMENTS.items() if name not in url.query}
     try:
-        return create_engine(url, connect_args=arguments, pool_size=POOL_SIZE, max_overflow=20, pool_timeout=10)
+        return create_engine(url, connect_args=arguments, max_overflow=20, pool_timeout=10, **settings)
     except (NoSuchModuleError, ModuleNotFoundError) as error:
         raise MisconfiguredService("PostgreSQL needs psycopg: pip install 'ollm-service[postgres]'.") from error
 
@@ -183,7 +187,7 @@ def _is_passing(error: Exception) -> bool:
     if error.connection_invalidated or state in _TRY_AGAIN_STATES or state.startswith(_GONE_STATES):
         return True
     message = str(error.orig).lower()
-    if "database is locked" in message or "database table is locked" in message:
+    if any(sign in message for sign in _BUSY_SQLITE + _FULL_SQLITE):
         return True
     # Without a state it is the connection that failed, not a statement.
     return type(error.orig).__name__ == "OperationalError" and not state and "psycopg" in type(error.orig).__module__

@@ -24,13 +24,15 @@ class Fleet:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def workers(self, *, active_only: bool = True) -> list[WorkerView]:
-        """The workers, oldest first; with `active_only` neither those that drain nor those that are gone."""
+    def workers(self, *, active_only: bool = True, gone: bool = True) -> list[WorkerView]:
+        """The workers, oldest first; with `active_only` neither those that drain nor those that are gone, which `gone` admits."""
         held = (_PLAN.worker_id == workers.c.id) & _PLAN.state.in_(HELD_STATES)
         running = select(func.count()).select_from(runtime_plans).where(held).scalar_subquery()
         query = select(workers, running.label("running_plans"), (now_ms() - workers.c.heartbeat_ms).label("age_ms"))
         if active_only:
             query = query.where(workers.c.state == ACTIVE)
+        elif not gone:
+            query = query.where(workers.c.state != GONE)
         query = query.order_by(workers.c.started_ms, workers.c.id)
         return self._database.read(lambda connection: [worker_view(row) for row in connection.execute(query)])
 
@@ -71,8 +73,11 @@ class Fleet:
 
     def forget_gone(self, older_than_ms: int) -> int:
         """Delete workers that have been gone for this long; how many. Their attempts keep their names."""
-        query = workers.delete().where(workers.c.state == GONE, workers.c.heartbeat_ms < now_ms() - older_than_ms)
-        return self._database.write(lambda connection: connection.execute(query).rowcount)
+        long_gone = (workers.c.state == GONE) & (workers.c.heartbeat_ms < now_ms() - older_than_ms)
+        # On SQLite whoever writes keeps all others waiting: a look first.
+        if not self._database.read(lambda connection: connection.execute(select(workers.c.id).where(long_gone).limit(1)).first()):
+            return 0
+        return self._database.write(lambda connection: connection.execute(workers.delete().where(long_gone)).rowcount)
 
     def backlog(self) -> list[ClassBacklog]:
         """The classes with queued plans, the largest first."""

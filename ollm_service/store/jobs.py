@@ -3,13 +3,13 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Select, case, func, select, update
+from sqlalchemy import ColumnElement, Connection, Select, Update, case, func, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ollm_service.core.errors import IdempotencyConflict, InvalidJob, NotFound
 from ollm_service.core.leasing import RowError
 from ollm_service.core.lifecycle import FINAL_STATES, Event, ExecutionState
-from ollm_service.core.plan import RuntimePlan
+from ollm_service.core.plan import PLAN_SCHEMA_VERSION, RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements, class_id
 from ollm_service.core.wire import to_json
@@ -199,12 +199,13 @@ class Jobs:
             name = class_id(requirements)
             values: dict[str, Any] = {
                 "planned": to_json(runtime_plan),
+                "schema_version": PLAN_SCHEMA_VERSION,
                 "profile": None if profile is None else to_json(profile),
                 "class_id": name,
                 "inventory_seq": inventory_seq,
                 "condition": condition,
             }
-            if plan.rows_done == plan.rows_failed:  # no attempt has shown how it really ran
+            if plan.finalized_by is None:  # no attempt has shown how it really ran
                 values |= shown_columns(runtime_plan)
             connection.execute(update(runtime_plans).where(_PLAN.id == plan_id).values(**values))
             if name != plan.class_id:
@@ -217,10 +218,8 @@ class Jobs:
 
     def mark_planned(self, plan_ids: Sequence[str], inventory_seq: int) -> int:
         """These queued plans would be planned the same again: note the inventory that this is true for; how many."""
-        same = update(runtime_plans).where(
-            _PLAN.id.in_(plan_ids), _PLAN.state == ExecutionState.QUEUED.value, _PLAN.inventory_seq < inventory_seq
-        )
-        return self._database.write(lambda connection: connection.execute(same.values(inventory_seq=inventory_seq)).rowcount)
+        same = _change_idle(_PLAN.id.in_(plan_ids), _PLAN.inventory_seq < inventory_seq).values(inventory_seq=inventory_seq)
+        return self._database.write(lambda connection: connection.execute(same).rowcount)
 
     def set_condition(self, plan_id: str, condition: str | None) -> bool:
         """Note why a queued plan does not move; false when it is no longer queued or says so already."""
@@ -243,13 +242,22 @@ class Jobs:
                 exclusions.c.is_decline,
                 exclusions.c.until_ms > now_ms() - _DECLINE_COUNTS_MS,
             )
-            everywhere = declined.scalar_subquery() >= len(set(capable_nodes))
+            everywhere = declined.correlate(runtime_plans).scalar_subquery() >= len(set(capable_nodes))
             condition: Any = case((everywhere, DECLINED_EVERYWHERE))
         else:
             condition = absent
-        waiting = update(runtime_plans).where(_PLAN.class_id == class_, _PLAN.state == ExecutionState.QUEUED.value)
-        changed = waiting.where(_PLAN.condition.is_distinct_from(condition)).values(condition=condition)
+        changed = _change_idle(_PLAN.class_id == class_, _PLAN.condition.is_distinct_from(condition)).values(condition=condition)
         return self._database.write(lambda connection: connection.execute(changed).rowcount)
+
+
+def _change_idle(*conditions: ColumnElement[bool]) -> Update:
+    """A change of every queued plan of which this is true and that nobody else is changing.
+
+    It waits for no plan, so that it cannot be in the way of those who lock plans by id; a later turn changes what it left out.
+    """
+    idle = select(_PLAN.id).where(_PLAN.state == ExecutionState.QUEUED.value, *conditions).order_by(_PLAN.id)
+    locked = idle.with_for_update(key_share=True, skip_locked=True)
+    return update(runtime_plans).where(_PLAN.id.in_(locked.correlate(None)))
 
 
 def _plans() -> Select[Any]:

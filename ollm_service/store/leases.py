@@ -71,10 +71,13 @@ class Leases:
 
     # --- taking work
 
-    def claim(self, worker_id: str, lease_id: str, class_ids: Collection[str]) -> Assignment | None:
+    def claim(
+        self, worker_id: str, lease_id: str, class_ids: Collection[str], *, warm: Collection[str] = ()
+    ) -> Assignment | None:
         """Lease the best plan of these classes under `lease_id`, a new random UUID; None when there is none for this worker.
 
-        A worker that is draining, unknown or gone gets nothing, and no plan whose exclusion names its node.
+        A worker that is draining, unknown or gone gets nothing, and no plan whose exclusion names its node. `warm` are the
+        classes for which nothing has to be loaded: their plans start with the claim.
         """
         if not class_ids:
             return None
@@ -87,7 +90,7 @@ class Leases:
             return None
         try:
             return self._database.write(
-                lambda connection: claiming.claim(connection, worker_id, lease_id, class_ids, self.lease_ms),
+                lambda connection: claiming.claim(connection, worker_id, lease_id, class_ids, self.lease_ms, warm=warm),
                 recover=lambda connection: claiming.assignment_of(connection, lease_id, self.lease_ms),
             )
         except IntegrityError as error:  # the lease was used before: by this very claim, whose first COMMIT came late

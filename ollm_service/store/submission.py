@@ -9,7 +9,7 @@ from sqlalchemy import Connection, insert, select, update
 from ollm_service.core.leasing import RowError
 from ollm_service.core.lifecycle import Event, ExecutionState, step
 from ollm_service.core.options import GenerationConfig, RuntimeConfig
-from ollm_service.core.plan import RuntimePlan
+from ollm_service.core.plan import PLAN_SCHEMA_VERSION, RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements, class_id
 from ollm_service.core.wire import to_json
@@ -162,6 +162,7 @@ def _insert_plans(connection: Connection, job: NewJob, invalid: set[int], at_ms:
                 "state": state.value,
                 "condition": plan.condition,
                 "planned": to_json(plan.runtime_plan),
+                "schema_version": PLAN_SCHEMA_VERSION,
                 "profile": None if plan.profile is None else to_json(plan.profile),
                 "config": config if plan.config is job.config else to_json(plan.config),
                 "inventory_seq": job.inventory_seq,

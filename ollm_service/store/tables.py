@@ -100,6 +100,7 @@ runtime_plans = Table(
     Column("state", String, nullable=False),
     Column("condition", String),
     Column("planned", JsonText, nullable=False, comment="the RuntimePlan as intended"),
+    Column("schema_version", Integer, nullable=False, comment="of the RuntimePlan as intended"),
     Column("finalized", JsonText, comment="the RuntimePlan of the newest attempt that recorded a row"),
     Column("finalized_by", Integer, comment="that attempt"),
     Column("profile", JsonText),

@@ -96,7 +96,7 @@ def move(
     if after is not before:
         events.append(event_of(plan, kind, from_state=before, to_state=after, reason=reason))
     if events:
-        connection.execute(_APPEND, events)
+        append_events(connection, events)
     return after.value
 
 
@@ -121,8 +121,12 @@ def append_event(
     connection: Connection, plan: Row[Any], kind: str, *, from_state: str | None, to_state: str | None, reason: str | None = None
 ) -> None:
     """Append one line to a plan's history, at the database's time."""
-    event = event_of(plan, kind, from_state=from_state, to_state=to_state, reason=reason)
-    connection.execute(_APPEND, [event])
+    append_events(connection, [event_of(plan, kind, from_state=from_state, to_state=to_state, reason=reason)])
+
+
+def append_events(connection: Connection, events: Sequence[dict[str, Any]]) -> None:
+    """Append lines made by `event_of`, at the database's time."""
+    connection.execute(_APPEND, list(events))
 
 
 def end_attempt(connection: Connection, plan: Row[Any], *, outcome: str, ended_by: str) -> None:

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
 from ollm_service.coordinator.submission import submit
-from ollm_service.coordinator.upkeep import Loop, Upkeep, reap, sweep
+from ollm_service.coordinator.upkeep import REMEMBER_GONE_MS, Loop, Upkeep, reap, sweep
 from ollm_service.core.errors import DatabaseUnavailable
 from ollm_service.core.leasing import RowResult
 from ollm_service.core.lifecycle import ExecutionState
 from ollm_service.store.views import PlanView
 from tests.coordinator.services import claim_one, sent_hints, submission
+from tests.store.ageing import let_time_pass
 from tests.store.samples import LIVE, PROFILE, REPORT, capabilities, new_worker
 from tests.waiting import wait_for
 
@@ -198,3 +199,13 @@ def test_a_loop_that_cannot_recover_does_not_take_its_turn() -> None:
     wait_for(tried.is_set, timeout=10, what="a turn")
     loop.stop(timeout=5)
     assert calls[:4] == ["recover", "recover", "recover", "turn"]
+
+
+def test_workers_are_forgotten_a_week_after_they_left(service_on_both: Service, database_url: str) -> None:
+    """Every restart makes a new worker: the old ones do not pile up, and those that left just now are still shown."""
+    service = service_on_both
+    for name in ("old", "late"):
+        service.store.leases.retire(new_worker(service.store, name))
+        let_time_pass(database_url, REMEMBER_GONE_MS if name == "old" else 60_000)
+    sweep(service)
+    assert [worker.node for worker in service.store.fleet.workers(active_only=False)] == ["late"]

@@ -8,6 +8,8 @@ from sqlalchemy import Engine, text
 from sqlalchemy.dialects import postgresql, sqlite
 
 from ollm_service.core.leasing import Released
+from ollm_service.core.lifecycle import ExecutionState
+from ollm_service.core.plan import PLAN_SCHEMA_VERSION
 from ollm_service.store.claiming import best_classes, top_of_class
 from ollm_service.store.database import Store
 from ollm_service.store.engine import connect, parse_url
@@ -160,3 +162,69 @@ def test_a_claim_reads_the_top_of_an_index(store: Store, store_url: str, count: 
         assert best_classes(connection, [class_of()], worker) == [class_of()]
     engine.dispose()
     assert claim(store, new_worker(store)) is not None
+
+
+def test_a_plan_of_a_warm_class_starts_with_its_claim(store: Store) -> None:
+    """Where nothing has to be loaded one transaction claims and starts; the history tells both, a second start is harmless."""
+    warm, cold = new_job(tag="warm"), new_job(tag="cold")
+    worker = new_worker(store)
+    for job, is_warm in ((warm, True), (cold, False)):
+        store.jobs.submit(job)
+        tag = "warm" if is_warm else "cold"
+        work = store.leases.claim(worker, new_lease(), [class_of(tag)], warm=[class_of("warm")])
+        assert work is not None
+        assert work.is_started == is_warm
+        plan = plan_of(store, job)
+        assert plan.state == ("running" if is_warm else "leased")
+        assert (plan.started_ms is not None) == is_warm
+        assert store.leases.start(work.lease_id)
+    detail = store.jobs.plan(plan_of(store, warm).plan_id, "default")
+    steps = [(event.kind, event.to_state) for event in detail.events]
+    assert steps == [("submit", "queued"), ("claim", "leased"), ("start", "running")]
+
+
+def _change(url: str, statement: str, **values: object) -> None:
+    """Write what no release of ours writes."""
+    engine = connect(parse_url(url))
+    with engine.begin() as connection:
+        assert connection.execute(text(statement), values).rowcount == 1
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE runtime_plans SET planned = '{' WHERE id = :plan",
+        "UPDATE runtime_plans SET profile = '[]' WHERE id = :plan",
+        "UPDATE runtime_plans SET config = '{\"priority\"' WHERE id = :plan",
+        "UPDATE runtime_plans SET lone_crashes = 'x' WHERE id = :plan",
+        "UPDATE job_rows SET request = '7' WHERE plan_id = :plan",
+    ],
+)
+def test_a_plan_that_cannot_be_read_fails_and_the_next_one_runs(store: Store, store_url: str, statement: str) -> None:
+    """It would stop every worker that looks at it; its rows get the error, and the history says what happened."""
+    spoilt, sound = new_job(1, priority=1), new_job(1)
+    store.jobs.submit(spoilt)
+    store.jobs.submit(sound)
+    plan_id = spoilt.plans[0].plan_id
+    _change(store_url, statement, plan=plan_id)
+    lease, worker = new_lease(), new_worker(store)
+    work = store.leases.claim(worker, lease, [class_of()])
+    assert work is not None
+    assert (work.job_id, work.lease_id, work.attempt) == (sound.job_id, lease, 1)
+    assert store.leases.claimed(lease) == work
+    job = store.jobs.get(spoilt.job_id, "default")
+    assert (job.state, job.failed, job.pending) == ("failed", 1, 0)
+    claimed, failed = store.events.page("default", plan_id=plan_id)[1:]
+    assert [claimed.kind, failed.kind, failed.to_state] == ["claim", "fail", ExecutionState.FAILED]
+    assert "cannot be read" in (failed.reason or "")
+
+
+def test_a_plan_of_a_newer_release_waits_for_a_newer_worker(store: Store, store_url: str) -> None:
+    """Its schema version is kept beside it, and who does not know that version leaves it alone."""
+    job = new_job()
+    store.jobs.submit(job)
+    newer = f"UPDATE runtime_plans SET schema_version = {PLAN_SCHEMA_VERSION} + 1 WHERE schema_version = {PLAN_SCHEMA_VERSION}"
+    _change(store_url, newer)
+    assert claim(store, new_worker(store)) is None
+    assert plan_of(store, job).state == "queued"

@@ -5,14 +5,17 @@ from pathlib import PurePosixPath
 from sqlalchemy import text
 
 from ollm_service.core.capabilities import LiveState
+from ollm_service.core.leasing import RowError, RowResult
 from ollm_service.core.profile import ModelProfile
 from ollm_service.store.database import Store
 from ollm_service.store.engine import connect, parse_url
 from tests.store.ageing import let_time_pass
 from tests.store.samples import (
     DIGEST,
+    FALLBACK,
     LIVE,
     PROFILE,
+    REPORT,
     answers,
     capabilities,
     class_of,
@@ -21,6 +24,7 @@ from tests.store.samples import (
     new_lease,
     new_worker,
     plan_of,
+    plans_of,
     requirements,
 )
 
@@ -197,3 +201,46 @@ def test_a_change_by_somebody_else_is_noticed(store: Store, store_url: str) -> N
     assert store.change_token() == before
     store.jobs.submit(new_job())
     assert (store.change_token() != before) == store_url.startswith("sqlite")
+
+
+def test_workers_that_are_gone_can_be_left_out(store: Store) -> None:
+    """In the query, so that old ones cost nothing; those that drain are still shown."""
+    left, draining = new_worker(store, "left"), new_worker(store, "draining")
+    store.leases.retire(left)
+    store.fleet.drain("draining")
+    assert [view.worker_id for view in store.fleet.workers(active_only=False, gone=False)] == [draining]
+    assert len(store.fleet.workers(active_only=False)) == 2
+
+
+def test_a_replan_keeps_how_an_attempt_ran(store: Store, store_url: str) -> None:
+    """Rows that only failed show it as well; before the first row the views show the newest intent."""
+    for job, is_run in ((new_job(), True), (new_job(), False)):
+        store.jobs.submit(job)
+        if is_run:
+            lease = must_claim(store, new_worker(store)).lease_id
+            error = RowError(code="x", message="y")
+            store.leases.record(lease, [RowResult(row=0, error=error)], REPORT)
+            store.leases.release(lease, reason="drain")
+        plan = plan_of(store, job)
+        seq = plan.inventory_seq + 1
+        changes = {"runtime_plan": FALLBACK, "profile": plan.profile, "requirements": requirements()}
+        assert store.jobs.replan(plan.plan_id, inventory_seq=seq, **changes)  # type: ignore[arg-type]  # a map of keywords
+        (shown,) = [row for row in rows_of(store_url, "plan_states") if row["plan_id"] == plan.plan_id]
+        assert shown["specialization_state"] == ("applied" if is_run else "fallback")
+
+
+def test_who_explains_why_plans_wait_waits_for_nobody(store: Store, store_url: str) -> None:
+    """A plan that somebody else has locked is left to the next turn, so that no order of locks can be violated."""
+    job = new_job(1, 1)
+    store.jobs.submit(job)
+    if store_url.startswith("sqlite"):
+        return  # there is one writer at a time
+    plan_ids = [plan.plan_id for plan in plans_of(store, job)]
+    engine = connect(parse_url(store_url))
+    with engine.begin() as connection:
+        connection.execute(text("SELECT 1 FROM runtime_plans WHERE id = :plan FOR UPDATE"), {"plan": plan_ids[0]})
+        assert store.jobs.refresh_conditions(class_of(), []) == 1
+        assert store.jobs.mark_planned(plan_ids, 7) == 1
+    engine.dispose()
+    assert store.jobs.refresh_conditions(class_of(), []) == 1
+    assert store.jobs.mark_planned(plan_ids, 7) == 1

@@ -1,14 +1,16 @@
 """What happens when the database goes away in the middle, and nobody knows whether the COMMIT was done?"""
 
+import traceback
 from collections.abc import Iterator
 
 import pytest
+from sqlalchemy import event, text
 
 from ollm_service.core.errors import DatabaseUnavailable
 from ollm_service.core.leasing import Recorded, Released
 from ollm_service.core.retry import Failure
 from ollm_service.store.database import Store, open_database
-from ollm_service.store.engine import TRIES
+from ollm_service.store.engine import TRIES, Database, parse_url
 from ollm_service.store.schema import upgrade
 from tests.servers import PostgresServer
 from tests.store.cut_proxy import Cut, CutProxy
@@ -166,3 +168,23 @@ def _answers(store: Store) -> bool:
     except DatabaseUnavailable:
         return False
     return True
+
+
+def test_a_full_disk_is_an_outage_that_shows_no_prompt(store_url: str) -> None:
+    """Writing says that the database is unavailable; no error text on the way holds what was to be written."""
+    database = Database(parse_url(store_url))
+    secret = "nobody should read this " * 1_000
+    if database.is_sqlite:
+        event.listen(database.engine, "connect", lambda connection, _: connection.execute("PRAGMA max_page_count = 1"))
+        fill = text("UPDATE counters SET name = name || :text")
+    else:
+        full = "BEGIN RAISE EXCEPTION 'could not extend file' USING ERRCODE = '53100'; END"
+        function = f"CREATE FUNCTION fill(text) RETURNS int LANGUAGE plpgsql AS $$ {full} $$"
+        database.write(lambda connection: connection.execute(text(function)))
+        fill = text("SELECT fill(:text)")
+    with pytest.raises(DatabaseUnavailable, match=r"full|extend") as raised:
+        database.write(lambda connection: connection.execute(fill, {"text": secret}))
+    database.close()
+    told = "".join(traceback.format_exception(raised.value))
+    assert "[SQL" in told, "the failed statement is told"
+    assert secret[:20] not in told

@@ -78,6 +78,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.plans: dict[str, Expected] = {}
         self.holds: dict[str, tuple[str, str]] = {}  # every lease ever given: its plan and its node
         self.workers = {node: new_worker(self.store, node) for node in NODES}
+        self.last_words: dict[str, str] = {}  # the verb with which a holder ended its lease
         self.finished: dict[str, PlanView] = {}
 
     @classmethod
@@ -158,14 +159,14 @@ class StoreMachine(RuleBasedStateMachine):
         before = None if plan is None else plan.state
         recorded = self.store.leases.record(lease, answers(*rows))
         if plan is None:
-            was_last = isinstance(recorded, Recorded) and recorded.is_finished
-            assert recorded == LeaseLost() or was_last
-            assert not isinstance(recorded, Recorded) or recorded.inserted == 0
+            was_last = self.last_words.get(lease) == "record"
+            assert recorded == (Recorded(inserted=0, is_finished=True) if was_last else LeaseLost())
             return
         assert before in HELD
         inserted = plan.answer(rows)
         assert recorded == Recorded(inserted=inserted, is_finished=plan.answered == plan.rows)
         if plan.answered == plan.rows:
+            self.last_words[lease] = "record"
             plan.leave("succeeded")
         else:
             plan.state = "running"
@@ -175,9 +176,11 @@ class StoreMachine(RuleBasedStateMachine):
         """Nothing is burned; a decline keeps the node away."""
         plan = self.held(lease)
         released = self.store.leases.release(lease, reason="x", decline_ms=LEASE_MS if declines else None)
+        verb = "decline" if declines else "release"
         if plan is None:
-            self.check_refused(lease, released)
+            self.check_refused(lease, verb, released)
         else:
+            self.last_words[lease] = verb
             if declines:
                 plan.away.add(self.holds[lease][1])
             assert released == Released(state=plan.leave("queued"))
@@ -188,7 +191,8 @@ class StoreMachine(RuleBasedStateMachine):
         plan = self.held(lease)
         released = self.store.leases.fail(lease, Failure(code="x", message="y", is_permanent=is_permanent))
         if plan is None:
-            return self.check_refused(lease, released)
+            return self.check_refused(lease, "fail", released)
+        self.last_words[lease] = "fail"
         plan.failures += 1
         gives_up = (is_permanent or plan.failures >= MOST_FAILURES) and not plan.cancel
         plan.away.add(self.holds[lease][1])
@@ -203,7 +207,8 @@ class StoreMachine(RuleBasedStateMachine):
         rows = _pick(known.rows - known.answered, picks) if known is not None and known.rows - known.answered else {0}
         released = self.store.leases.crash(lease, sorted(rows), "signal 11")
         if plan is None:
-            return self.check_refused(lease, released)
+            return self.check_refused(lease, "crash", released)
+        self.last_words[lease] = "crash"
         if len(rows) == 1 and rows <= plan.alone:
             plan.answer(rows)
         elif len(rows) == 1:
@@ -211,9 +216,12 @@ class StoreMachine(RuleBasedStateMachine):
         assert released == Released(state=plan.leave("succeeded" if plan.answered == plan.rows else "queued"))
         return None
 
-    def check_refused(self, lease: str, released: Released | LeaseLost) -> None:
-        """A former holder hears that its lease is lost, or again what its own last word has done."""
-        assert released == LeaseLost() or lease in self.holds
+    def check_refused(self, lease: str, verb: str, released: Released | LeaseLost) -> None:
+        """A former holder hears that its lease is lost; only who repeats its own last word hears what became of the plan."""
+        if self.last_words.get(lease) == verb:
+            assert released == Released(state=self.plans[self.holds[lease][0]].state)
+        else:
+            assert released == LeaseLost()
 
     # --- coordinators and time
 

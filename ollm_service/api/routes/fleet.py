@@ -17,8 +17,7 @@ def list_workers(
     service: ServiceHere, gone: Annotated[bool, Query(description="Also those that have left.")] = False
 ) -> WorkersBody:
     """What each worker offers, has free and does."""
-    workers = service.store.fleet.workers(active_only=False)
-    return WorkersBody(data=[worker_body(worker) for worker in workers if gone or worker.state != "gone"])
+    return WorkersBody(data=[worker_body(worker) for worker in service.store.fleet.workers(active_only=False, gone=gone)])
 
 
 @router.post("/workers/{node}/drain", operation_id="drainNode", summary="Drain a node", responses=failures(401, 404, 503))
