@@ -138,7 +138,8 @@ def attempt_with(model: LoadedModel, folder: Path, rows: list[Any]) -> list[Mess
     """The messages of an attempt on this very model."""
     messages: list[Message] = []
     command = make_command(folder, rows)
-    Attempt(command, messages.append, Pulse(messages.append, threading.Event())).run(model, AppliedPasses(()))
+    attempt = Attempt(command, messages.append, Pulse(messages.append, threading.Event()))
+    messages.append(attempt.run(model, AppliedPasses(())))
     return messages
 
 

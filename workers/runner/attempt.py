@@ -38,8 +38,8 @@ class Attempt:
         self.measurements = Measurements()
         self._has_reported_rows = False
 
-    def run(self, model: LoadedModel, passes: AppliedPasses) -> None:
-        """Answer all rows and report Finished. Raises StopRequested and PassFailed."""
+    def run(self, model: LoadedModel, passes: AppliedPasses) -> Finished:
+        """Answer all rows, and return the last message. Raises StopRequested and PassFailed."""
         self.measurements.start_generating(model.device)
         runnable, refused = self._encode_rows(model)
         self.pulse.stage = "generating"
@@ -54,7 +54,7 @@ class Attempt:
                 # Rows that were refused beforehand travel with the first answers, once the passes have ended well.
                 self._report_results([*refused, *results], passes.outcomes(), passes)
                 refused = []
-        self.report(Finished(measured=self._measured(passes)))
+        return Finished(measured=self._measured(passes))
 
     def ending_of(self, end: PassFailed | AttemptEnded) -> Message:
         """A failed pass ends the specialization, unless rows were reported under it already: then it ends the attempt."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from safetensors import SafetensorError
 
-from ollm_service.core.wire import Execute, Loaded, Stopped
+from ollm_service.core.wire import Execute, Loaded, Message, Stopped
 from workers.runner.attempt import Attempt
 from workers.runner.backends import generic, native
 from workers.runner.interruptions import AttemptEnded, PassFailed, StopRequested, first_line
@@ -40,26 +40,34 @@ class Engine:
         """
         attempt = Attempt(command, report, Pulse(report, stop))
         try:
+            last = self._carry_out(attempt)
+        finally:
+            self.abandon()
+        # Whoever hears the last message finds the plan's files gone.
+        report(last)
+
+    def abandon(self) -> None:
+        """Undo the passes of the current plan, if there is one, and delete its files."""
+        self._passes.undo()
+
+    def _carry_out(self, attempt: Attempt) -> Message:
+        """Returns the last message."""
+        command = attempt.command
+        try:
             model = self._load(command, attempt)
             self._passes = AppliedPasses(self._planned_passes(model, command))
             self._passes.apply()
-            attempt.run(model, self._passes)
+            return attempt.run(model, self._passes)
         except StopRequested:
-            report(Stopped())
+            return Stopped()
         except (PassFailed, AttemptEnded) as end:
-            report(attempt.ending_of(end))
+            return attempt.ending_of(end)
         except Exception as error:
             # With passes planned, anything that breaks before the first rows are reported may be their doing.
             broken = attempt.broken_by(error)
             if broken is None:
                 raise
-            report(broken)
-        finally:
-            self.abandon()
-
-    def abandon(self) -> None:
-        """Undo the passes of the current plan, if there is one, and delete its files."""
-        self._passes.undo()
+            return broken
 
     def _load(self, command: Execute, attempt: Attempt) -> LoadedModel:
         key, started = generic.model_key(command), time.monotonic()
