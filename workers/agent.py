@@ -92,6 +92,7 @@ class Agent:
         self._capabilities: Capabilities | None = None
         self._models: object = None
         self._classes: frozenset[str] = frozenset()
+        self._models_of: dict[str, str | None] = {}  # the digest that each class names
         self._seen_seq = 0
         self._drain_at: float | None = None
         self._must_hurry = False
@@ -233,6 +234,7 @@ class Agent:
         for known in self._store.leases.new_classes(self._seen_seq):
             self._seen_seq = max(self._seen_seq, known.seq)
             if isinstance(match(known.requirements, capabilities), Match):
+                self._models_of[known.class_id] = known.requirements.model_digest
                 self._classes |= {known.class_id}
 
     def _claim_when_due(self, now: float) -> None:
@@ -324,7 +326,9 @@ class Agent:
         """The best plan of our classes, if there is one. After DatabaseUnavailable it may have been claimed all the same."""
         if not self._classes or self._is_leaving:
             return None
-        return self._admit(slot, lease, self._store.leases.claim(self.worker_id, lease.lease_id, self._classes))
+        classes = self._classes
+        warm = {name for name in classes if slot.has_warm(self._models_of[name])}
+        return self._admit(slot, lease, self._store.leases.claim(self.worker_id, lease.lease_id, classes, warm=warm))
 
     def _claim_for_sure(self, slot: Slot, lease: Lease) -> Assignment | None:
         """The same; when the reply was lost, the store is asked what the lease holds, until the lease is too old."""

@@ -50,6 +50,10 @@ class Slot:
             self.cache_folder.sweep()
         return self.runner.start()
 
+    def has_warm(self, digest: str | None) -> bool:
+        """Whether its runner lives and holds this model."""
+        return digest is not None and self.warm_model == digest and self.runner.is_usable
+
     def pause(self, seconds: float) -> None:
         """Wait, or less once the slot is closed."""
         self._pause.wait(seconds)
