@@ -103,6 +103,7 @@ class Attempt:
         self._around = surroundings
         self._plan: RuntimePlan = assignment.runtime_plan
         self._placement: Placement | None = None
+        self._too_long: Unplaceable | None = None  # why rows longer than the placement holds have no room here
         self._ending: Ending | None = None
         self._stopping: tuple[Stopping, float] | None = None
         self._missing = {row.row for row in assignment.rows}
@@ -144,6 +145,7 @@ class Attempt:
     def _order(self, profile: ModelProfile) -> bool:
         """Place the plan and hand it to the runner; False where it was declined."""
         work = self._assignment
+        lengths = [most_tokens(row) for row in work.rows if row.row in self._missing]
         placed = place(
             self._plan,
             profile,
@@ -151,13 +153,17 @@ class Attempt:
             work.requirements,
             self._around.capabilities(),
             self._around.live(self._slot),
-            longest_row_tokens=max((most_tokens(row) for row in work.rows), default=1),
+            longest_row_tokens=max(lengths, default=1),
+            shortest_row_tokens=min(lengths, default=1),
             micro_batch_limit=work.micro_batch_limit,
         )
         if isinstance(placed, Unplaceable):
             self._decline(placed.reason)
             return False
         self._placement = placed
+        longest = min(max(lengths, default=1), profile.max_context_tokens or max(lengths, default=1))
+        is_partial = placed.longest_row_tokens is not None and placed.longest_row_tokens < longest
+        self._too_long = Unplaceable(refused=placed.refused) if is_partial else None
         self._slot.reserve(placed.device_id, placed.estimate.device_bytes)
         return self._hand_over(profile, placed)
 
@@ -366,6 +372,8 @@ class Attempt:
         elif self._stopping is not None:
             reason = "cancelled" if self._stopping[0] is Stopping.CANCEL else "worker-stops"
             self._hand_back(Ending.RELEASED, lambda: self._around.leases.release(self._lease.lease_id, reason=reason))
+        elif self._too_long is not None:
+            self._decline(f"{len(self._missing)} long rows do not fit: {self._too_long.reason}")
         else:
             self._fail("rows_missing", f"The runner left {len(self._missing)} rows unanswered.")
 

@@ -10,7 +10,7 @@ Memory estimates (bytes; T = tokens of the longest row with its output, B = rows
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ollm_service.core.capabilities import Capabilities, Device, LiveState
 from ollm_service.core.kv_selector import KVChoice, select_kv_strategy
@@ -56,7 +56,10 @@ class RefusedTier:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """The concrete choice on one worker. `micro_batch` is the most rows at a time, `kv_details` say how the KV was chosen."""
+    """The concrete choice on one worker. `micro_batch` is the most rows at a time, `kv_details` say how the KV was chosen.
+
+    It holds for rows of up to `longest_row_tokens`, prompt and output together; a longer row is left unanswered here.
+    """
 
     device_id: str
     tier: str
@@ -65,6 +68,7 @@ class Placement:
     estimate: MemoryEstimate
     kv_details: Mapping[str, str] = field(default_factory=dict)
     refused: tuple[RefusedTier, ...] = ()
+    longest_row_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +83,7 @@ class Unplaceable:
         return "; ".join(f"{tier.device_id}, {tier.tier}: {tier.reason}" for tier in self.refused)
 
 
-def place(
+def place(  # noqa: PLR0913 - everything that a placement weighs
     plan: RuntimePlan,
     profile: ModelProfile,
     config: RuntimeConfig,
@@ -88,11 +92,37 @@ def place(
     live: LiveState,
     *,
     longest_row_tokens: int,
+    shortest_row_tokens: int | None = None,
     micro_batch_limit: int | None = None,
 ) -> Placement | Unplaceable:
-    """The best tier that holds at least one row of `longest_row_tokens` (prompt and output together)."""
-    refused: list[RefusedTier] = []
+    """The best tier that holds at least one row of `longest_row_tokens` (prompt and output together).
+
+    Where none does and `shortest_row_tokens` is given, the best for half as many tokens, and so on down to the shortest row: a
+    few long rows must not block the rest, and the bound of a row's tokens is far above what most have.
+    """
     tokens = min(longest_row_tokens, profile.max_context_tokens or longest_row_tokens)
+    refused: tuple[RefusedTier, ...] = ()
+    while True:
+        found = _place_rows(plan, profile, config, requirements, capabilities, live, tokens, micro_batch_limit)
+        if isinstance(found, Placement):
+            return replace(found, refused=refused + found.refused)
+        refused = refused or found.refused
+        if shortest_row_tokens is None or tokens <= shortest_row_tokens:
+            return Unplaceable(refused=refused)
+        tokens = max(shortest_row_tokens, tokens // 2)
+
+
+def _place_rows(
+    plan: RuntimePlan,
+    profile: ModelProfile,
+    config: RuntimeConfig,
+    requirements: Requirements,
+    capabilities: Capabilities,
+    live: LiveState,
+    tokens: int,
+    micro_batch_limit: int | None,
+) -> Placement | Unplaceable:
+    refused: list[RefusedTier] = []
     most_rows = MOST_ROWS if micro_batch_limit is None else min(MOST_ROWS, micro_batch_limit)
     must_spill = PassId.DISK_CACHE in demanded_passes(plan, config)
     for device in able_devices(requirements, capabilities):
@@ -117,6 +147,7 @@ def place(
                 estimate=estimate,
                 kv_details=_kv_details(choice, strategy),
                 refused=tuple(refused),
+                longest_row_tokens=tokens,
             )
     return Unplaceable(refused=tuple(refused))
 

@@ -1,5 +1,6 @@
 """What does a row get: its text, its reason to finish, its counts, its own randomness, or its own error?"""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,22 @@ def test_a_halved_micro_batch_is_tried_again() -> None:
     batches.halve(batches.take())
     assert [[row.row for row in batches.take()] for _ in range(2)] == [[0, 1], [2, 3]]
     assert not batches
+
+
+def test_rows_longer_than_the_placement_are_left_for_others(engine: Engine, llama: Path) -> None:
+    """A row beyond what the placement holds gets no result, one beyond the context gets its error, and the rest run."""
+    rows = [
+        work_row(0, "hello", max_new_tokens=4),
+        work_row(1, "hello " * 20, max_new_tokens=4),
+        work_row(2, "hello " * 9_000, max_new_tokens=4),
+    ]
+    command = make_command(llama, rows)
+    messages = run(engine, replace(command, placement=replace(command.placement, longest_row_tokens=30)))
+    results = results_of(messages)
+    assert set(results) == {0, 2}
+    assert results[0].text is not None
+    assert results[2].error is not None
+    assert results[2].error.code == "context_length_exceeded"
 
 
 def test_a_suspect_runs_last_and_alone() -> None:

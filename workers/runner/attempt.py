@@ -91,14 +91,17 @@ class Attempt:
         )
 
     def _encode_rows(self, model: LoadedModel) -> tuple[list[EncodedRow], list[RowResult]]:
+        """The rows that fit the placement, and the results of those that cannot run anywhere."""
         self.pulse.stage = "tokenizing"
+        longest = self.command.placement.longest_row_tokens
         runnable: list[EncodedRow] = []
         refused: list[RowResult] = []
         for row in self.command.rows:
             self.pulse()
             match encode_row(row, model.tokenizer, model.context_limit):
                 case EncodedRow() as encoded:
-                    runnable.append(encoded)
+                    if longest is None or len(encoded.tokens) + encoded.max_new_tokens <= longest:
+                        runnable.append(encoded)
                 case RowResult() as result:
                     refused.append(result)
         return runnable, refused

@@ -27,6 +27,7 @@ def placed(
     *,
     model: ModelProfile | None = None,
     tokens: int = 100,
+    shortest: int | None = None,
     limit: int | None = None,
     worker: Capabilities | None = None,
     free: LiveState | None = None,
@@ -42,6 +43,7 @@ def placed(
         worker or capabilities(),
         free or live(),
         longest_row_tokens=tokens,
+        shortest_row_tokens=shortest,
         micro_batch_limit=limit,
     )
 
@@ -182,6 +184,20 @@ def test_a_row_is_never_longer_than_the_context() -> None:
     config = RuntimeConfig(kv_cache_strategy="resident")
     assert placed(config, tokens=10**9, free=free) == placed(config, tokens=2048, free=free)
     assert isinstance(placed(config, model=profile(max_context_tokens=None), tokens=10**9, free=free), Unplaceable)
+
+
+def test_a_few_long_rows_do_not_keep_the_others_away() -> None:
+    """Where the longest row does not fit, the placement holds for the longest halving that does, and says what was refused."""
+    model = profile(max_context_tokens=None)
+    one_row = estimate_memory(model, RESIDENT, rows=1, tokens=1_000).device_bytes
+    free = live({"cpu": int(one_row / USABLE_FRACTION) + 1}, cache_free_bytes=0)
+    worker = capabilities(cpu())
+    assert isinstance(placed(model=model, tokens=16_000, worker=worker, free=free), Unplaceable)
+    found = placed(model=model, tokens=16_000, shortest=10, worker=worker, free=free)
+    assert isinstance(found, Placement)
+    assert (found.longest_row_tokens, found.micro_batch) == (1_000, 1)
+    assert "16,000 tokens" in found.refused[0].reason
+    assert isinstance(placed(model=model, tokens=16_000, shortest=2_000, worker=worker, free=free), Unplaceable)
 
 
 def test_a_generic_plan_keeps_its_kv_cache_resident() -> None:
