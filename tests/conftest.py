@@ -21,11 +21,13 @@ for _name in [name for name in os.environ if name.startswith("OLLM_")]:
 # No model or tokenizer is ever fetched, by us or by a child.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-# A shared machine may stall an example for longer than any deadline worth having.
-hypothesis.settings.register_profile(
-    "ollm", deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("ollm")
+# A shared machine may stall an example for longer than any deadline worth having. HYPOTHESIS_PROFILE=thorough takes minutes.
+_EXAMPLES = {"ollm": 50, "thorough": 1_000}
+for _name, _count in _EXAMPLES.items():
+    hypothesis.settings.register_profile(
+        _name, max_examples=_count, deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ollm"))
 
 
 class OutsideConnection(BaseException):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
@@ -47,7 +47,6 @@ def test_every_body_is_accepted_or_refused(database_url: str, tmp_path: Path) ->
     new_worker(service.store)
     http = TestClient(create_app(service), base_url="http://127.0.0.1")
 
-    @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
     @given(body=BODIES | VALUES, path=st.sampled_from(["/v1/jobs", "/v1/plans/preview"]))
     def hold(body: Any, path: str) -> None:
         answered = http.post(path, content=json.dumps(body))
