@@ -197,6 +197,14 @@ def test_the_composed_coordinator_admits_only_key_holders(fleet: ComposedFleet) 
     assert httpx.get(url, headers={"Authorization": f"Bearer {EXAMPLE_KEY}"}, trust_env=False).status_code == 200
 
 
+@pytest.mark.timeout(180)
+def test_the_composed_gpu_worker_registers_where_there_is_no_gpu(fleet: ComposedFleet) -> None:
+    """Its command and variables make a worker that is healthy on a CPU as well."""
+    assert fleet.launch("migrate", "migrate").wait(timeout=60) == 0
+    fleet.launch("worker-gpu", "worker-gpu")
+    wait_for(lambda: fleet.is_healthy("worker-gpu", "worker-gpu"), timeout=90, what="the GPU worker to be healthy")
+
+
 @pytest.mark.timeout(120)
 def test_the_composed_coordinator_refuses_an_open_network_without_keys(fleet: ComposedFleet) -> None:
     """With its keys taken away the coordinator ends with status 2 and a sentence, and serves nobody."""

@@ -4,6 +4,7 @@ Two workers with scripted runners on PostgreSQL and Redis, leases of four second
 and looks at the whole history when the job has ended.
 """
 
+import itertools
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -11,7 +12,9 @@ from typing import Any
 
 import psutil
 import pytest
+import redis
 
+from ollm_service.broker import QUEUE_PREFIX
 from tests.chaos.checker import violations
 from tests.chaos.history import Acknowledged, read_history
 from tests.e2e.fleet import SCRIPTED, Fleet, Worker, milliseconds_between
@@ -121,8 +124,20 @@ def test_a_broker_that_dies_with_everything_in_it_loses_nothing(fleet: Fleet, re
         assert answers(fleet.calls.results(late["id"])) == expected(late_rows)
     finally:
         redis_server.start()
-    again = fleet.calls.submit(MODEL, rows_of(1, "after-broker"))
-    fleet.calls.wait_final(again["id"], timeout=5)
+    again = itertools.count()
+
+    def hints_are_taken() -> bool:
+        fleet.calls.wait_final(fleet.calls.submit(MODEL, rows_of(1, f"after-broker-{next(again)}"))["id"], timeout=10)
+        return _are_hints_taken(redis_server)
+
+    wait_for(hints_are_taken, timeout=30, what="hints to be sent and taken")
+
+
+def _are_hints_taken(server: RedisServer) -> bool:
+    """Whether hints were put into queues since the broker's start, and all of them were taken out again."""
+    with redis.Redis(port=server.port) as broker:
+        pushes: Any = broker.info("commandstats")
+        return "cmdstat_lpush" in pushes and not list(broker.scan_iter(f"{QUEUE_PREFIX}*"))
 
 
 def test_a_killed_database_loses_no_acknowledged_row(fleet: Fleet, postgres_server: PostgresServer) -> None:
