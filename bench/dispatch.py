@@ -86,8 +86,8 @@ def submit_many(fleet: Fleet, count: int) -> None:
 
     def submit_some(share: int) -> None:
         calls = ServiceCalls(f"http://{LOOPBACK}:{fleet.port}")
-        for number in range(count // SUBMITTERS):
-            calls.submit(MODEL, rows_of(1, f"rate-{share}-{number}"))
+        for number in range(share, count, SUBMITTERS):
+            calls.submit(MODEL, rows_of(1, f"rate-{number}"))
         calls.close()
 
     with ThreadPoolExecutor(SUBMITTERS) as pool:
