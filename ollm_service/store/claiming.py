@@ -4,14 +4,31 @@ Priority first, then age. Two steps, so that the number of queued plans does not
 index, then take the best of those tops that nobody else is taking (SKIP LOCKED; on SQLite there is one writer at a time).
 """
 
+import json
 import uuid
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import BigInteger, CompoundSelect, Connection, Row, Select, bindparam, func, insert, select, union_all, update
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    CompoundSelect,
+    Connection,
+    Label,
+    Row,
+    Select,
+    Text,
+    bindparam,
+    func,
+    insert,
+    select,
+    type_coerce,
+    union_all,
+    update,
+)
 
 from ollm_service.core.errors import RequestError
 from ollm_service.core.leasing import Assignment
@@ -26,6 +43,7 @@ from ollm_service.store.mapping import work_row
 from ollm_service.store.tables import attempts, exclusions, job_rows, jobs, plan_classes, results, runtime_plans, workers
 from ollm_service.store.transitions import LIGHT_COLUMNS, append_events, end_early, event_of
 
+T = TypeVar("T")
 _PLAN = runtime_plans.c
 _BEST_FIRST = (_PLAN.priority.desc(), _PLAN.created_ms, _PLAN.number, _PLAN.id)
 _CLASSES_A_QUERY = 128  # SQLite takes 500 terms in one UNION
@@ -56,9 +74,17 @@ def top_of_class(name: str) -> Select[Any]:
     return select(*columns).where(_PLAN.class_id == bindparam(name), CLAIMABLE).order_by(*_BEST_FIRST).limit(1)
 
 
+def _as_text(column: Column[Any]) -> Label[str]:
+    return type_coerce(column, Text).label(column.name)
+
+
+# What many plans share is read as text and decoded once for all of them.
+_SHARED = tuple(
+    _as_text(column) for column in (_PLAN.planned, _PLAN.profile, _PLAN.config, jobs.c.generation, plan_classes.c.requirements)
+)
 _WORK_COLUMNS = (
     *(_PLAN.id, _PLAN.job_id, _PLAN.class_id, _PLAN.attempt, _PLAN.state),
-    *(_PLAN.planned, _PLAN.profile, _PLAN.config, _PLAN.micro_batch_limit, _PLAN.lone_crashes),
+    *(_PLAN.micro_batch_limit, _PLAN.lone_crashes, *_SHARED),
 )
 # Nothing that has to be decoded: of a plan that cannot be.
 _BARE_COLUMNS = tuple(column for column in LIGHT_COLUMNS if not isinstance(column.type, JsonText))
@@ -86,7 +112,7 @@ _LEASE = (
 _LEASE_AND_START = _LEASE.values(state=_RUNNING.value, started_ms=func.coalesce(_PLAN.started_ms, now_ms()), condition=None)
 _BEGIN_ATTEMPT = insert(attempts).values(started_ms=now_ms(), outcome="running")
 _WORK: Select[Any] = (
-    select(*_WORK_COLUMNS, jobs.c.generation, plan_classes.c.requirements)
+    select(*_WORK_COLUMNS)
     .join_from(runtime_plans, jobs, jobs.c.id == _PLAN.job_id)
     .join(plan_classes, plan_classes.c.class_id == _PLAN.class_id)
 )
@@ -179,8 +205,14 @@ def assignment_of(connection: Connection, lease_id: str, lease_ms: int) -> Assig
     return None if plan is None else _assignment(connection, plan, lease_id, lease_ms)
 
 
+@lru_cache(maxsize=256)
+def _decoded(kind: type[T], text: str) -> T:
+    """A value that nobody changes, from its column's text."""
+    return from_json(kind, json.loads(text))
+
+
 def _assignment(connection: Connection, plan: Row[Any], lease_id: str, lease_ms: int) -> Assignment:
-    generation = from_json(GenerationConfig, plan.generation)
+    generation = _decoded(GenerationConfig, plan.generation)
     rows = connection.execute(_ROWS, {"plan": plan.id}).all()
     return Assignment(
         plan_id=plan.id,
@@ -188,10 +220,10 @@ def _assignment(connection: Connection, plan: Row[Any], lease_id: str, lease_ms:
         lease_id=lease_id,
         class_id=plan.class_id,
         attempt=plan.attempt,
-        runtime_plan=from_json(RuntimePlan, plan.planned),
-        profile=from_json(ModelProfile, plan.profile),
-        config=from_json(RuntimeConfig, plan.config),
-        requirements=from_json(Requirements, plan.requirements),
+        runtime_plan=_decoded(RuntimePlan, plan.planned),
+        profile=_decoded(ModelProfile, plan.profile),
+        config=_decoded(RuntimeConfig, plan.config),
+        requirements=_decoded(Requirements, plan.requirements),
         rows=tuple(work_row(row, generation) for row in rows),
         lease_ms=lease_ms,
         micro_batch_limit=plan.micro_batch_limit,

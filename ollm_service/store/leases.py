@@ -132,14 +132,17 @@ class Leases:
             inserted, failed = write_results(connection, plan, results)
             values = _progress(plan, inserted, failed)
             history: list[dict[str, Any]] = []
-            if report is not None and _keep_report(connection, plan, report) and inserted:
-                shown, history = _show(plan, report)
+            told = {} if report is None else _told(plan, report)
+            if report is not None and "runtime_plan" in told and inserted:
+                shown, history = _show(plan, report, told["runtime_plan"])
                 values |= shown
             is_finished = plan.rows_done + inserted == plan.row_count
             event, kind = (Event.FINISH, "finish") if is_finished else (Event.RECORD, "record")
             move(connection, plan, event, kind=kind, condition=None, history=history, **values)
             if is_finished:
-                end_attempt(connection, plan, outcome=ExecutionState.SUCCEEDED.value, ended_by="record")
+                end_attempt(connection, plan, outcome=ExecutionState.SUCCEEDED.value, ended_by="record", **told)
+            else:
+                _keep(connection, plan, told)
             return Recorded(inserted=inserted, is_finished=is_finished)
 
         return self._database.write(work)
@@ -151,7 +154,7 @@ class Leases:
 
         def work(connection: Connection, plan: Row[Any]) -> str:
             if report is not None:
-                _keep_report(connection, plan, report)
+                _keep(connection, plan, _told(plan, report))
             failures, reason = plan.failures + 1, f"{failure.code}: {failure.message}"
             if plan.cancel_requested:
                 return _end_cancelled(connection, plan, "fail")
@@ -246,23 +249,26 @@ class Leases:
 _KEEP_REPORT = update(attempts).where(attempts.c.plan_id == bindparam("plan"), attempts.c.number == bindparam("attempt"))
 
 
-def _keep_report(connection: Connection, plan: Row[Any], report: AttemptReport) -> bool:
-    """Keep what an attempt tells of itself; false when how it runs is settled, since it has recorded a row."""
-    is_open: bool = plan.finalized_by != plan.attempt
-    values = {"plan": plan.id, "attempt": plan.attempt, "measured": dict(report.measured)}
-    if is_open:
-        values |= {"runtime_plan": to_json(report.runtime_plan), "placement": dict(report.placement)}
-    connection.execute(_KEEP_REPORT, values)
-    return is_open
+def _told(plan: Row[Any], report: AttemptReport) -> dict[str, Any]:
+    """The attempt's columns for what it tells of itself: how it runs only until it has recorded a row, which settles that."""
+    told: dict[str, Any] = {"measured": dict(report.measured)}
+    if plan.finalized_by != plan.attempt:
+        told |= {"runtime_plan": to_json(report.runtime_plan), "placement": dict(report.placement)}
+    return told
 
 
-def _show(plan: Row[Any], report: AttemptReport) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _keep(connection: Connection, plan: Row[Any], told: dict[str, Any]) -> None:
+    if told:
+        connection.execute(_KEEP_REPORT, {"plan": plan.id, "attempt": plan.attempt, **told})
+
+
+def _show(plan: Row[Any], report: AttemptReport, finalized: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The plan's columns and the event that show how its newest attempt really runs."""
     ran = report.runtime_plan
     before, after = plan.specialization_state, ran.specialization_state.value
     reason = ran.fallback_reason or ran.reason
     events = [event_of(plan, after, from_state=before, to_state=after, reason=reason)] if after != before else []
-    return {"finalized": to_json(ran), "finalized_by": plan.attempt, **shown_columns(ran)}, events
+    return {"finalized": finalized, "finalized_by": plan.attempt, **shown_columns(ran)}, events
 
 
 def _progress(plan: Row[Any], inserted: int, failed: int) -> dict[str, Any]:

@@ -126,12 +126,13 @@ def append_event(
 
 def append_events(connection: Connection, events: Sequence[dict[str, Any]]) -> None:
     """Append lines made by `event_of`, at the database's time."""
-    connection.execute(_APPEND, list(events))
+    # One alone not as a list: PostgreSQL's driver makes several round trips of a list.
+    connection.execute(_APPEND, events[0] if len(events) == 1 else list(events))
 
 
-def end_attempt(connection: Connection, plan: Row[Any], *, outcome: str, ended_by: str) -> None:
-    """Close the running attempt of a plan that leaves its holder."""
-    values = {"plan": plan.id, "attempt": plan.attempt, "outcome": outcome, "ended_by": ended_by}
+def end_attempt(connection: Connection, plan: Row[Any], *, outcome: str, ended_by: str, **values: Any) -> None:
+    """Close the running attempt of a plan that leaves its holder, and set `values` on it."""
+    values |= {"plan": plan.id, "attempt": plan.attempt, "outcome": outcome, "ended_by": ended_by}
     connection.execute(_END_ATTEMPT, values)
 
 
@@ -184,7 +185,8 @@ def write_results(connection: Connection, plan: Row[Any], answers: Sequence[RowR
         for seq, answer in enumerate(fresh, start=newest - len(fresh) + 1)
     ]
     for start in range(0, len(rows), INSERT_BATCH):
-        connection.execute(_INSERT_RESULTS, rows[start : start + INSERT_BATCH])
+        batch = rows[start : start + INSERT_BATCH]
+        connection.execute(_INSERT_RESULTS, batch[0] if len(batch) == 1 else batch)
     return len(fresh), failed
 
 
