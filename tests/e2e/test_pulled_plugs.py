@@ -25,6 +25,7 @@ from tests.waiting import wait_for
 LEASE_SECONDS = 4.0
 ROWS = 512  # two plans, one for each worker
 SLOWLY = "[slow=0.01]"  # about three seconds a plan
+SLOWER = "[slow=0.03]"  # so that a plan outlasts the moment at which its worker really stands still
 BEGUN = 40  # rows
 
 
@@ -52,9 +53,9 @@ def fleet(hurt_fleet: Fleet) -> Fleet:
 class RunningJob:
     """A job that both workers have begun, and what must become of it."""
 
-    def __init__(self, fleet: Fleet, name: str) -> None:
+    def __init__(self, fleet: Fleet, name: str, pace: str = SLOWLY) -> None:
         self.fleet = fleet
-        self.rows = rows_of(ROWS, name, SLOWLY)
+        self.rows = rows_of(ROWS, name, pace)
         self.job_id = str(fleet.calls.submit(MODEL, self.rows)["id"])
         fleet.calls.wait_done_rows(self.job_id, BEGUN, timeout=30)
         wait_for(lambda: {plan["node"] for plan in self.plans()} >= {"north", "south"}, timeout=10, what="both to have begun")
@@ -64,7 +65,9 @@ class RunningJob:
 
     def plan_of(self, worker: Worker) -> str:
         """The plan that this worker holds."""
-        return str(next(plan["id"] for plan in self.plans() if plan["node"] == worker.node))
+        held = [plan for plan in self.plans() if plan["node"] == worker.node and plan["state"] in ("leased", "running")]
+        assert held, f"{worker.node} has finished its plan already"
+        return str(held[0]["id"])
 
     def events(self, plan_id: str) -> list[dict[str, Any]]:
         return list(self.fleet.calls.plan(plan_id)["events"])
@@ -168,7 +171,7 @@ def _answered(fleet: Fleet, job_id: str) -> int:
 
 def test_a_frozen_worker_comes_back_to_refused_writes(fleet: Fleet) -> None:
     """A worker stopped past its lease loses its plan; when it goes on, nothing that it writes counts, and it works again."""
-    job = RunningJob(fleet, "worker-frozen")
+    job = RunningJob(fleet, "worker-frozen", SLOWER)
     north = fleet.workers["north"]
     plan_id = job.plan_of(north)
     north.freeze()
