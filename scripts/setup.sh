@@ -48,19 +48,29 @@ find_python() {
     die "Python 3.11 or newer is needed, and ${PYTHON:-python3} is not. Install one, or name it: make setup PYTHON=/path/to/python3.12"
 }
 
+# Debian keeps pip out of python3; without python3-venv, and without the right to install it, its wheel is fetched and unpacked.
+make_venv_unprivileged() {
+    local folder wheel
+    folder=$(mktemp -d)
+    (cd "$folder" && apt-get download -qq python3-pip-whl && dpkg -x python3-pip-whl_*.deb .) || return 1
+    wheel=$(ls "$folder"/usr/share/python-wheels/pip-*.whl)
+    "$1" -m venv --clear --without-pip .venv
+    .venv/bin/python "$wheel/pip" --disable-pip-version-check install --quiet --no-index "$wheel"
+    rm -rf "$folder"
+}
+
 make_venv() {
     [ "$(uname -s)" != Darwin ] || say "setup: macOS is not what we test on; Linux is"
     if [ ! -x .venv/bin/python ] || ! new_enough .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
         local python version
         python=$(find_python)
-        if ! can_make_venv "$python"; then
-            version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-            apt_install "python$version-venv" || apt_install python3-venv ||
-                die "$python cannot make virtual environments. As root: apt-get install python$version-venv"
-            can_make_venv "$python" || die "$python still cannot make virtual environments"
-        fi
+        version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
         say "setup: making .venv with $python"
-        "$python" -m venv --clear .venv
+        if can_make_venv "$python" || apt_install "python$version-venv" || apt_install python3-venv; then
+            "$python" -m venv --clear .venv
+        else
+            make_venv_unprivileged "$python" || die "$python cannot make virtual environments. As root: apt-get install python$version-venv"
+        fi
     fi
     local pip=(.venv/bin/python -m pip --disable-pip-version-check --no-input install --quiet -c constraints.txt)
     # torch first and alone: it is by far the largest, and a build that is already there must satisfy the rest.
