@@ -73,9 +73,13 @@ def connect(url: URL) -> Engine:
         return engine
     arguments = {name: value for name, value in _POSTGRES_ARGUMENTS.items() if name not in url.query}
     try:
-        return create_engine(url, connect_args=arguments, max_overflow=20, pool_timeout=10, **settings)
+        engine = create_engine(url, connect_args=arguments, max_overflow=20, pool_timeout=10, **settings)
     except (NoSuchModuleError, ModuleNotFoundError) as error:
         raise MisconfiguredService("PostgreSQL needs psycopg: pip install 'ollm-service[postgres]'.") from error
+    # Many rows go as one statement with many VALUES, never as psycopg's pipeline: who freezes in the middle of one looks busy to
+    # the server, is ended by no timeout, and keeps its locks.
+    engine.dialect.use_insertmanyvalues_wo_returning = True
+    return engine
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
