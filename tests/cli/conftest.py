@@ -3,21 +3,19 @@
 import contextlib
 import functools
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from ollm_service.cli import main
-from ollm_service.coordinator.service import Service
-from ollm_service.store.schema import upgrade
 from tests.client.live import LiveService
-from tests.coordinator.services import open_service
-from tests.store.samples import new_worker
+from tests.service_fixtures import live, migrated_file, service, worker_id
+
+__all__ = ["live", "migrated_file", "service", "worker_id"]  # fixtures
 
 REPOSITORY = Path(__file__).parents[2]
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -49,37 +47,6 @@ def run_here(*arguments: str, base_url: str, folder: Path, given: bytes = b"") -
     code = ended.value.code
     assert code is None or isinstance(code, int), code
     return subprocess.CompletedProcess(arguments, code or 0, printed, told)
-
-
-@pytest.fixture(scope="session")
-def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite file with the schema and nothing else; copied for each test."""
-    path = tmp_path_factory.mktemp("cli") / "ollm.db"
-    upgrade(f"sqlite:///{path}")
-    return path
-
-
-@pytest.fixture
-def service(migrated_file: Path, tmp_path: Path) -> Iterator[Service]:
-    """A coordinator on SQLite, without loops."""
-    path = tmp_path / "ollm.db"
-    shutil.copy(migrated_file, path)
-    opened = open_service(f"sqlite:///{path}", tmp_path)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def live(service: Service) -> Iterator[LiveService]:
-    """The service on a port."""
-    with LiveService(service) as started:
-        yield started
-
-
-@pytest.fixture
-def worker_id(service: Service) -> str:
-    """A worker that has the model `tiny`."""
-    return new_worker(service.store, "attic")
 
 
 @pytest.fixture
