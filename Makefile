@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help setup servers demo test lint check pages bench-dispatch clean
+.PHONY: help setup servers demo test lint check pages chaos bench-dispatch clean
 .DEFAULT_GOAL := help
 
 help: ## say what each target does
@@ -34,6 +34,9 @@ check: lint test ## what CI runs: lint, then test
 
 pages: setup ## write the pages of docs/ that are made from the code
 	$(PY) scripts/write_settings_page.py
+
+chaos: setup servers ## break everything at random for five minutes (CHAOS_SECONDS, CHAOS_SEED)
+	CHAOS_SECONDS=$${CHAOS_SECONDS:-300} $(PY) -m pytest tests/chaos -s
 
 bench-dispatch: setup servers ## how fast plans reach workers, and how fast a loss heals
 	@$(PY) bench/dispatch.py --json

@@ -175,7 +175,7 @@ def test_a_frozen_worker_comes_back_to_refused_writes(fleet: Fleet) -> None:
     north = fleet.workers["north"]
     plan_id = job.plan_of(north)
     north.freeze()
-    wait_for(lambda: _has_left(job.events(plan_id)), timeout=20, what="the frozen worker's plan to be taken back")
+    wait_for(lambda: _has_left(job.events(plan_id)), timeout=30, what="the frozen worker's plan to be taken back")
     north.thaw()
     job.assert_every_row_is_answered_once()
     fleet.await_workers("north")
