@@ -149,7 +149,7 @@ class JobPage(Page[JobBody]):
 
 
 class PlanPage(Page[PlanBody]):
-    """A job's plans, in order."""
+    """Plans, those of the newest jobs first, each job's in order."""
 
 
 class RowProblem(BaseModel):

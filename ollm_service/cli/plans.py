@@ -1,5 +1,6 @@
 """Which commands show plans: before they run, while they wait, and what became of them?"""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Annotated
@@ -21,7 +22,10 @@ from ollm_service.cli.output import (
 )
 from ollm_service.client import Client, Plan, Verdict
 from ollm_service.core.errors import InvalidOption
+from ollm_service.core.lifecycle import ExecutionState
 from ollm_service.core.plan import RuntimePlan
+
+NEWEST = 20
 
 PlanId = Annotated[str, typer.Argument(metavar="PLAN", help="The plan's id, plan_…", show_default=False)]
 
@@ -57,20 +61,27 @@ def preview(
 
 
 def list_plans(
-    job_id: Annotated[str, typer.Argument(metavar="JOB", help="The job's id, job_…", show_default=False)],
+    job_id: Annotated[str | None, typer.Argument(metavar="JOB", help="The job's id, job_…", show_default=False)] = None,
+    state: Annotated[ExecutionState | None, typer.Option(help="Only those in this state.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help=f"Show so many; unless given, all of a job's, or the newest {NEWEST} of all jobs.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List a job's plans."""
+    """List a job's plans, or the newest of all jobs."""
+    most = limit or (NEWEST if job_id is None else None)
     with Client() as client:
-        found = client.plans(job_id)
+        found = itertools.islice(client.plans(job_id, state=state), most)
         if as_json:
             print_json_lines(plan.raw for plan in found)
             return
         print_table(
-            ("PLAN", "STATE", "SPECIALIZATION", "BACKEND", "ROWS", "DONE", "TRIES", "NODE", "WAITS FOR"),
+            ("PLAN", "JOB", "MODEL", "STATE", "SPECIALIZATION", "BACKEND", "ROWS", "DONE", "TRIES", "NODE", "WAITS FOR"),
             [
                 (
                     plan.id,
+                    plan.raw.get("job_id"),
+                    plan.raw.get("model"),
                     plan.state,
                     plan.runtime_plan.specialization_state,
                     plan.runtime_plan.backend_id,

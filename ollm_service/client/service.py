@@ -10,6 +10,7 @@ from ollm_service.client.jobs import Job
 from ollm_service.client.rows import rows_to_send
 from ollm_service.client.transport import Transport
 from ollm_service.client.views import JobStatus, Model, Plan, Preview, Worker
+from ollm_service.core.lifecycle import ExecutionState
 from ollm_service.core.options import GenerationConfig, RuntimeConfig
 
 LOCAL_SERVICE = "http://127.0.0.1:8000"
@@ -106,10 +107,13 @@ class Client:
         """One plan with its events and attempts. Raises NotFound."""
         return Plan.from_raw(self._transport.get(f"/v1/plans/{_in_path(plan_id)}"))
 
-    def plans(self, job: Job | str) -> Iterator[Plan]:
-        """Every plan of a job, in the order of its rows."""
-        job_id = job if isinstance(job, str) else job.id
-        return (Plan.from_raw(raw) for raw in self._pages(f"/v1/jobs/{_in_path(job_id)}/plans"))
+    def plans(self, job: Job | str | None = None, *, state: ExecutionState | str | None = None) -> Iterator[Plan]:
+        """Every plan, those of the newest jobs first and each job's in order; of one job, or in one state, where that is given.
+
+        Raises NotFound for the job.
+        """
+        job_id = job.id if isinstance(job, Job) else job
+        return (Plan.from_raw(raw) for raw in self._pages("/v1/plans", job=job_id, state=state))
 
     def retry(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
         """Make a new job of a job's failed rows. Raises Conflict while it runs and where nothing failed."""
@@ -137,10 +141,10 @@ class Client:
     def _job(self, raw: Mapping[str, Any]) -> Job:
         return Job(self, self._transport, JobStatus.from_raw(raw))
 
-    def _pages(self, path: str) -> Iterator[Mapping[str, Any]]:
+    def _pages(self, path: str, **filters: str | None) -> Iterator[Mapping[str, Any]]:
         after: str | int | None = None
         while True:
-            page = self._transport.get(path, after=after, limit=PAGE_LENGTH)
+            page = self._transport.get(path, after=after, limit=PAGE_LENGTH, **filters)
             yield from page["data"]
             after = page.get("next")
             if not page.get("has_more") or after is None:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, Update, case, func, select, update
+from sqlalchemy import ColumnElement, Connection, Select, Update, case, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ollm_service.core.errors import IdempotencyConflict, InvalidJob, NotFound
@@ -99,17 +99,34 @@ class Jobs:
 
     def plans(self, job_id: str, tenant_id: str, *, after: str | None = None, limit: int = 100) -> Sequence[PlanView]:
         """A job's plans in order, from behind the plan `after`. Raises NotFound for the job or that plan."""
+        return self.list_plans(tenant_id, job_id=job_id, after=after, limit=limit)
+
+    def list_plans(
+        self,
+        tenant_id: str,
+        *,
+        job_id: str | None = None,
+        state: ExecutionState | None = None,
+        after: str | None = None,
+        limit: int = 100,
+    ) -> Sequence[PlanView]:
+        """Plans of the newest jobs first, each job's in order, from behind the plan `after`, whatever state that is in now.
+
+        Of one job, in one state, or all of them. Raises NotFound for the job or the plan `after`.
+        """
 
         def work(connection: Connection) -> Sequence[PlanView]:
-            _require_job(connection, job_id, tenant_id)
-            query = _plans().where(_PLAN.job_id == job_id)
+            # By way of the jobs, whose index is in this order: nothing but one job's plans is ever sorted.
+            query = _plans().join(jobs, jobs.c.id == _PLAN.job_id).where(jobs.c.tenant_id == tenant_id)
+            if job_id is not None:
+                _require_job(connection, job_id, tenant_id)
+                query = query.where(jobs.c.id == job_id)
+            if state is not None:
+                query = query.where(_PLAN.state == state.value)
             if after is not None:
-                last = select(_PLAN.number).where(_PLAN.id == after, _PLAN.job_id == job_id)
-                number = connection.scalar(last)
-                if number is None:
-                    raise NotFound(f"There is no plan {after} in job {job_id}.", param="after")
-                query = query.where(_PLAN.number > number)
-            return [plan_view(row) for row in connection.execute(query.order_by(_PLAN.number).limit(limit))]
+                query = query.where(_comes_after(connection, after, tenant_id, job_id))
+            query = query.order_by(jobs.c.created_ms.desc(), jobs.c.id.desc(), _PLAN.number).limit(limit)
+            return [plan_view(row) for row in connection.execute(query)]
 
         return self._database.read(work)
 
@@ -263,6 +280,17 @@ def _change_idle(*conditions: ColumnElement[bool]) -> Update:
 def _plans() -> Select[Any]:
     same_class = plan_classes.c.class_id == _PLAN.class_id
     return select(runtime_plans, plan_classes.c.requirements).join_from(runtime_plans, plan_classes, same_class)
+
+
+def _comes_after(connection: Connection, plan_id: str, tenant_id: str, job_id: str | None) -> ColumnElement[bool]:
+    """Whether a plan comes later in the list than this one. Raises NotFound when that one is not in the list."""
+    query = select(_PLAN.number, jobs.c.id, jobs.c.created_ms).join_from(runtime_plans, jobs, jobs.c.id == _PLAN.job_id)
+    last = connection.execute(query.where(_PLAN.id == plan_id, jobs.c.tenant_id == tenant_id)).one_or_none()
+    if last is None or job_id not in (None, last.id):
+        raise NotFound(f"There is no plan {plan_id}" + (f" in job {job_id}." if job_id else "."), param="after")
+    same_job = (jobs.c.id == last.id) & (_PLAN.number > last.number)
+    same_moment = (jobs.c.created_ms == last.created_ms) & ((jobs.c.id < last.id) | same_job)
+    return or_(jobs.c.created_ms < last.created_ms, same_moment)
 
 
 def _require_job(connection: Connection, job_id: str, tenant_id: str) -> None:

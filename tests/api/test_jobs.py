@@ -72,6 +72,37 @@ def test_jobs_are_listed_newest_first(http: TestClient, worker_id: str) -> None:
     assert first["data"][0]["plans"] == []
 
 
+def test_plans_of_all_jobs_are_listed(http: TestClient, service: Service, worker_id: str) -> None:
+    """In the shape that jobs show, newest job first, in pages; by job, and by the state that they are in."""
+    old, new = (http.post("/v1/jobs", json=JOB).json() for _ in range(2))
+    first = http.get("/v1/plans", params={"limit": 1}).json()
+    second = http.get("/v1/plans", params={"limit": 1, "after": first["next"]}).json()
+    assert (first["has_more"], second["has_more"], second["next"]) == (True, False, None)
+    assert first["data"] + second["data"] == new["plans"] + old["plans"]
+    claimed = claim_one(service, worker_id).plan_id
+    assert claimed == old["plans"][0]["id"]
+    for params, job in (({"state": "leased"}, old), ({"state": "queued"}, new), ({"job": new["id"]}, new)):
+        found = http.get("/v1/plans", params=params).json()["data"]
+        assert [plan["id"] for plan in found] == [job["plans"][0]["id"]]
+
+
+@pytest.mark.parametrize(
+    ("params", "status", "param"),
+    [
+        ({"state": "asleep"}, 400, "state"),
+        ({"job": "job_no"}, 404, None),
+        ({"after": "plan_no"}, 404, "after"),
+        ({"limit": "0"}, 400, "limit"),
+    ],
+)
+def test_a_wrong_question_about_plans_is_refused(
+    http: TestClient, params: dict[str, str], status: int, param: str | None
+) -> None:
+    """With the parameter that is wrong."""
+    refused = http.get("/v1/plans", params=params)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (status, param)
+
+
 def test_a_plan_tells_its_history(http: TestClient, service: Service, worker_id: str) -> None:
     """Events with from and to, attempts with placement and measurements, and the plan as planned beside the one that ran."""
     job = http.post("/v1/jobs", json=JOB).json()

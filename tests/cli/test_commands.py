@@ -234,6 +234,22 @@ def test_every_look_has_a_form_for_people_and_one_for_programs(command: Command,
     assert parsed(command("drain", "attic", "--json").stdout)[0]["workers"] == 1
 
 
+def test_plans_without_a_job_are_the_newest(command: Command, worker_id: str) -> None:
+    """Of all jobs, twenty unless told otherwise, in one state if wanted; a job's own come all."""
+    rows = b"".join(b'{"prompt": "x"}\n' for _ in range(256 * 20 + 1))
+    (large,) = parsed(command("submit", "-", "-m", "tiny", "--json", given=rows).stdout)
+    (small,) = parsed(command("submit", "-", "-m", "tiny", "--json", given=ROWS).stdout)
+    command("cancel", small["id"])
+    newest = parsed(command("plans", "--json").stdout)
+    assert [plan["job_id"] for plan in newest] == [small["id"]] + [large["id"]] * 19
+    assert len(parsed(command("plans", large["id"], "--json").stdout)) == 21
+    assert len(parsed(command("plans", large["id"], "--limit", "3", "--json").stdout)) == 3
+    (cancelled,) = parsed(command("plans", "--state", "cancelled", "--json").stdout)
+    assert cancelled["id"] == small["plans"][0]["id"]
+    assert small["id"] in command("plans").stdout
+    assert command("plans", "--state", "asleep").returncode == 2
+
+
 @pytest.mark.parametrize("verb", [("job", "job_no"), ("plan", "plan_no"), ("results", "job_no"), ("cancel", "x"), ("drain", "x")])
 def test_what_is_not_there_is_an_error_in_words(command: Command, verb: tuple[str, ...]) -> None:
     """Exit code 1 and one sentence; with --json the envelope on standard error."""

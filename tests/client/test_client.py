@@ -134,6 +134,13 @@ def test_plans_come_through_all_pages_and_jobs_newest_first(client: Client, work
     assert [plan.raw["number"] for plan in plans] == list(range(102))
     newer = client.submit("tiny", ["x"])
     assert [found.id for found in client.jobs()] == [newer.id, job.id]
+    everything = [plan.id for plan in client.plans()]
+    assert everything == [newer.plans[0].id, *(plan.id for plan in plans)]
+    newer.cancel()
+    assert [plan.id for plan in client.plans(state="cancelled")] == everything[:1]
+    assert list(client.plans(job.id, state="cancelled")) == []
+    with pytest.raises(NotFound):
+        list(client.plans("job_no"))
 
 
 def test_a_preview_names_who_can_run_it(client: Client, service: Service, worker_id: str) -> None:

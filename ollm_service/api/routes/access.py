@@ -31,6 +31,9 @@ RawBody = Annotated[bytes, Depends(raw_body)]
 JobId = Annotated[str, AfterValidator(_possible), Path(description="`job_…`")]
 PlanId = Annotated[str, AfterValidator(_possible), Path(description="`plan_…`")]
 Node = Annotated[str, AfterValidator(_possible), Path(description="A node's name, or a worker's id.")]
+InJob = Annotated[
+    str | None, AfterValidator(lambda name: name and _possible(name)), Query(alias="job", description="Only of this job.")
+]
 After = Annotated[
     str | None, AfterValidator(lambda name: name and _possible(name)), Query(description="`next` of the page before.")
 ]

@@ -1,21 +1,26 @@
-"""How are plans previewed and explained over HTTP?"""
+"""How are plans previewed, listed and explained over HTTP?"""
 
-from fastapi import APIRouter
+from typing import Annotated
+
+from fastapi import APIRouter, Query
 
 from ollm_service.api.openapi import body_of, failures
 from ollm_service.api.requests import PreviewRequest, parse_body
-from ollm_service.api.routes.access import PlanId, RawBody, ServiceHere
+from ollm_service.api.routes.access import After, InJob, Limit, PlanId, RawBody, ServiceHere
 from ollm_service.api.shapes import (
     PlanDetailBody,
+    PlanPage,
     PreviewBody,
     RowProblem,
     RowsPreview,
+    plan_body,
     plan_detail_body,
     verdict_body,
 )
 from ollm_service.coordinator.fleet import verdicts
 from ollm_service.coordinator.preview import Preview, preview
 from ollm_service.coordinator.service import DEFAULT_TENANT
+from ollm_service.core.lifecycle import ExecutionState
 from ollm_service.core.wire import to_json
 
 router = APIRouter(prefix="/v1/plans", tags=["plans"])
@@ -33,6 +38,19 @@ def preview_plan(service: ServiceHere, raw: RawBody) -> PreviewBody:
     body, _ = parse_body(PreviewRequest, raw)
     found = preview(service, body.model, body.runtime or {}, body.generation or {}, body.where, body.rows)
     return _body(found, body.model)
+
+
+@router.get("", operation_id="listAllPlans", summary="List plans of all jobs", responses=failures(400, 401, 404, 503))
+def list_plans(
+    service: ServiceHere,
+    job_id: InJob = None,
+    state: Annotated[ExecutionState | None, Query(description="Only those in this state.")] = None,
+    after: After = None,
+    limit: Limit = 100,
+) -> PlanPage:
+    """Plans of the newest jobs first, each job's in order."""
+    plans = service.store.jobs.list_plans(DEFAULT_TENANT, job_id=job_id, state=state, after=after, limit=limit + 1)
+    return PlanPage.of([plan_body(plan) for plan in plans], limit=limit)
 
 
 @router.get("/{plan_id}", operation_id="getPlan", summary="Show and explain a plan", responses=failures(401, 404, 503))
