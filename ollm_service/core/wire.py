@@ -7,7 +7,7 @@ Frames between supervisor and runner are a length of 4 bytes, big-endian, and th
 
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -158,20 +158,8 @@ def decode_message(body: bytes) -> Message:
 
 def to_json(value: Any) -> Any:
     """The value as JSON types."""
-    if is_dataclass(value) and not isinstance(value, type):
-        hints = _hints(type(value))
-        return {item.name: _tagged(getattr(value, item.name), hints[item.name]) for item in fields(value)}
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, PurePosixPath):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(to_json(key)): to_json(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [to_json(item) for item in value]
-    if isinstance(value, frozenset | set):
-        return sorted(to_json(item) for item in value)
-    return value
+    kind: Any = type(value)
+    return value if kind in _PLAIN else _writer(kind)(value)
 
 
 def from_json(kind: type[T], data: Any) -> T:
@@ -181,25 +169,96 @@ def from_json(kind: type[T], data: Any) -> T:
     TypeError for a missing field without default and for a value of another JSON type, ValueError for a value that is not
     allowed, KeyError for an unknown `type`.
     """
-    return cast(T, _read(kind, data))
+    return cast(T, _reader(cast(Any, kind))(data))
 
 
-def _read(kind: Any, data: Any) -> Any:
+# How a type is written and read is worked out once: plans and profiles travel several times for each plan that is dispatched.
+_PLAIN = frozenset({str, int, float, bool, types.NoneType})
+
+
+@cache
+def _writer(kind: type) -> Callable[[Any], Any]:
+    """What turns a value of this class into JSON types."""
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        writers = [(item.name, _tagged if _is_open(hints[item.name]) else to_json) for item in fields(kind)]
+        return lambda value: {name: write(getattr(value, name)) for name, write in writers}
+    if issubclass(kind, Enum):
+        return lambda value: value.value
+    if issubclass(kind, PurePosixPath):
+        return str
+    if issubclass(kind, Mapping):
+        return lambda value: {str(to_json(key)): to_json(item) for key, item in value.items()}
+    if issubclass(kind, tuple | list):
+        return lambda value: [to_json(item) for item in value]
+    if issubclass(kind, frozenset | set):
+        return lambda value: sorted(to_json(item) for item in value)
+    return lambda value: value
+
+
+def _is_open(hint: Any) -> bool:
+    """Whether the hint leaves several dataclasses open, itself or as the values of a mapping."""
+    arguments = get_args(hint)
+    is_map = _is_mapping(get_origin(hint)) and _is_open(arguments[1])
+    return is_map or sum(is_dataclass(choice) for choice in arguments) > 1
+
+
+def _is_mapping(origin: Any) -> bool:
+    return isinstance(origin, type) and issubclass(origin, Mapping)
+
+
+def _tagged(value: Any) -> Any:
+    """The value as JSON, each dataclass with its class name."""
+    if isinstance(value, Mapping):
+        return {str(to_json(key)): _tagged(item) for key, item in value.items()}
+    return {"type": type(value).__name__, **to_json(value)} if is_dataclass(value) else to_json(value)
+
+
+@cache
+def _reader(kind: Any) -> Callable[[Any], Any]:
+    """What makes a value of this type from JSON types."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return _read_union(arguments, data)
+        return _union_reader(arguments)
     if origin in (tuple, frozenset):
-        return origin(_read(arguments[0], item) for item in _demand(data, list | tuple, kind))
-    if origin is not None and issubclass(origin, Mapping):
-        return {_read(arguments[0], key): _read(arguments[1], item) for key, item in _demand(data, Mapping, kind).items()}
+        read = _reader(arguments[0])
+        return lambda data: origin(read(item) for item in _demand(data, list | tuple, kind))
+    if _is_mapping(origin):
+        key, item = map(_reader, arguments)
+        return lambda data: {key(name): item(value) for name, value in _demand(data, Mapping, kind).items()}
     if is_dataclass(kind) and isinstance(kind, type):
-        hints, given = _hints(kind), _demand(data, Mapping, kind)
-        return kind(**{item.name: _read(hints[item.name], given[item.name]) for item in fields(kind) if item.name in given})
+        return _dataclass_reader(kind)
     if isinstance(kind, type) and issubclass(kind, Enum | PurePosixPath):
-        return kind(_demand(data, str, kind))
+        return lambda data: kind(_demand(data, str, kind))
     if kind is float:
-        return float(_demand(data, int | float, kind))
-    return _demand(data, kind, kind) if kind in (str, int, bool) else data
+        return lambda data: float(_demand(data, int | float, kind))
+    return (lambda data: _demand(data, kind, kind)) if kind in (str, int, bool) else (lambda data: data)
+
+
+def _dataclass_reader(kind: type) -> Callable[[Any], Any]:
+    hints = get_type_hints(kind)
+    readers = [(item.name, _reader(hints[item.name])) for item in fields(kind)]
+
+    def read(data: Any) -> Any:
+        given = _demand(data, Mapping, kind)
+        return kind(**{name: read_field(given[name]) for name, read_field in readers if name in given})
+
+    return read
+
+
+def _union_reader(arguments: tuple[Any, ...]) -> Callable[[Any], Any]:
+    read = _choice_reader([argument for argument in arguments if argument is not types.NoneType])
+    return (lambda data: None if data is None else read(data)) if types.NoneType in arguments else read
+
+
+def _choice_reader(choices: list[Any]) -> Callable[[Any], Any]:
+    if len(choices) == 1:
+        return _reader(choices[0])
+    if all(is_dataclass(choice) for choice in choices):
+        readers = {choice.__name__: _reader(choice) for choice in choices}
+        return lambda data: readers[_demand(data, Mapping, "a message")["type"]](data)
+    wanted = (*choices, int) if float in choices else tuple(choices)
+    return lambda data: _demand(data, wanted, choices)
 
 
 def _demand(data: Any, wanted: Any, kind: Any) -> Any:
@@ -207,30 +266,3 @@ def _demand(data: Any, wanted: Any, kind: Any) -> Any:
     if not isinstance(data, wanted) or (isinstance(data, bool) and kind is not bool):
         raise TypeError(f"{kind} cannot be read from a {type(data).__name__}")
     return data
-
-
-def _read_union(arguments: tuple[Any, ...], data: Any) -> Any:
-    if data is None and types.NoneType in arguments:
-        return None
-    choices = [argument for argument in arguments if argument is not types.NoneType]
-    if len(choices) == 1:
-        return _read(choices[0], data)
-    if all(is_dataclass(choice) for choice in choices):
-        return _read({choice.__name__: choice for choice in choices}[_demand(data, Mapping, "a message")["type"]], data)
-    return _demand(data, (*choices, int) if float in choices else tuple(choices), choices)
-
-
-def _tagged(value: Any, hint: Any) -> Any:
-    """The value as JSON, with its class name wherever the hint leaves several dataclasses open."""
-    if isinstance(value, Mapping) and len(get_args(hint)) == 2:
-        return {str(to_json(key)): _tagged(item, get_args(hint)[1]) for key, item in value.items()}
-    plain = to_json(value)
-    open_choices = [choice for choice in get_args(hint) if is_dataclass(choice)]
-    if is_dataclass(value) and len(open_choices) > 1:
-        return {"type": type(value).__name__, **plain}
-    return plain
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
