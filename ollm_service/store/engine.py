@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,8 +114,12 @@ class Database:
         return str(Path(self.url.database or "")) if self.is_sqlite else self.url.render_as_string(hide_password=True)
 
     def read(self, work: Callable[[Connection], T]) -> T:
-        """Run `work` in a transaction that only reads. Raises DatabaseUnavailable."""
-        return self._run(work, writes=False, recover=None)
+        """Run `work` in a transaction that only reads, and sees one moment. Raises DatabaseUnavailable."""
+        return self._run(work, _Use.READ, recover=None)
+
+    def look(self, work: Callable[[Connection], T]) -> T:
+        """Run `work` of one statement that only reads, without the round trips of a transaction. Raises DatabaseUnavailable."""
+        return self._run(work, _Use.LOOK, recover=None)
 
     def write(self, work: Callable[[Connection], T], *, recover: Callable[[Connection], T | None] | None = None) -> T:
         """Run `work` in a transaction and commit.
@@ -123,14 +128,14 @@ class Database:
         recognized by `recover` (which returns None when it did not happen), or harmless to repeat. Raises DatabaseUnavailable
         when the database stays away; the outcome is then unknown.
         """
-        return self._run(work, writes=True, recover=recover)
+        return self._run(work, _Use.WRITE, recover=recover)
 
-    def _run(self, work: Callable[[Connection], T], *, writes: bool, recover: Callable[[Connection], T | None] | None) -> T:
+    def _run(self, work: Callable[[Connection], T], use: "_Use", *, recover: Callable[[Connection], T | None] | None) -> T:
         is_unknown, began = False, time.monotonic()
         for trial in range(TRIES):
             progress = _Progress()
             try:
-                with self._transaction(writes=writes, progress=progress) as connection:
+                with self._transaction(use, progress) as connection:
                     if is_unknown and recover is not None:
                         known = recover(connection)
                         if known is not None:
@@ -146,15 +151,14 @@ class Database:
         raise AssertionError("unreachable: the last trial returns or raises")
 
     @contextmanager
-    def _transaction(self, *, writes: bool, progress: "_Progress") -> Iterator[Connection]:
+    def _transaction(self, use: "_Use", progress: "_Progress") -> Iterator[Connection]:
         with self.engine.connect() as plain:
-            # A read of several statements sees one moment, as on SQLite: counts that sum, whatever commits in between.
-            level = {} if writes or self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
-            connection = plain.execution_options(writes=writes, **level)
+            level = {} if self.is_sqlite or use is _Use.WRITE else {"isolation_level": _LEVELS[use]}
+            connection = plain.execution_options(writes=use is _Use.WRITE, **level)
             transaction = connection.begin()
             try:
                 yield connection
-                progress.is_committing = writes
+                progress.is_committing = use is _Use.WRITE
                 transaction.commit()
             except BaseException:
                 if transaction.is_active and not connection.invalidated:
@@ -169,6 +173,18 @@ class Database:
     def close(self) -> None:
         """Close every idle connection."""
         self.engine.dispose()
+
+
+class _Use(StrEnum):
+    """What a transaction is for."""
+
+    LOOK = "look"
+    READ = "read"
+    WRITE = "write"
+
+
+# A read of several statements sees one moment, as on SQLite: counts that sum, whatever commits in between.
+_LEVELS = {_Use.LOOK: "AUTOCOMMIT", _Use.READ: "REPEATABLE READ"}
 
 
 class _Progress:

@@ -39,7 +39,7 @@ class Fleet:
     def inventory_seq(self) -> int:
         """The number of the present inventory alone: one row, for those who keep the rest."""
         query = select(counters.c.value).where(counters.c.name == "inventory_seq")
-        return self._database.read(lambda connection: int(connection.execute(query).scalar_one()))
+        return self._database.look(lambda connection: int(connection.execute(query).scalar_one()))
 
     def inventory(self) -> tuple[int, tuple[HeldModel, ...]]:
         """The usable models of active workers, and the number of this state of affairs, which every change raises."""

@@ -50,8 +50,7 @@ class Jobs:
             return None if by_id is None else (by_id, True)
 
         def work(connection: Connection) -> tuple[JobView, bool]:
-            insert_job(connection, job)
-            return _job(connection, job.job_id, job.tenant_id), True
+            return insert_job(connection, job), True
 
         try:
             return self._database.write(work, recover=known)
@@ -65,18 +64,15 @@ class Jobs:
     def find_idempotent(self, tenant_id: str, key: str, body_digest: str) -> JobView | None:
         """The job that this key has made. Raises IdempotencyConflict if that was with another body."""
 
-        def work(connection: Connection) -> JobView | None:
-            query = select(jobs.c.id, jobs.c.body_digest).where(jobs.c.tenant_id == tenant_id, jobs.c.idempotency_key == key)
-            found = connection.execute(query).one_or_none()
-            if found is None:
-                return None
-            if found.body_digest != body_digest:
-                raise IdempotencyConflict(
-                    f"The idempotency key was used for job {found.id} with another body.", param="idempotency_key"
-                )
-            return _job(connection, found.id, tenant_id)
-
-        return self._database.read(work)
+        query = select(jobs.c.id, jobs.c.body_digest).where(jobs.c.tenant_id == tenant_id, jobs.c.idempotency_key == key)
+        found = self._database.look(lambda connection: connection.execute(query).one_or_none())
+        if found is None:
+            return None
+        if found.body_digest != body_digest:
+            raise IdempotencyConflict(
+                f"The idempotency key was used for job {found.id} with another body.", param="idempotency_key"
+            )
+        return self.get(found.id, tenant_id)
 
     # --- looking
 

@@ -1,6 +1,7 @@
 """How do rows become the dataclasses that leave the store, and plans become columns?"""
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from sqlalchemy import Row
@@ -28,7 +29,7 @@ def shown_columns(plan: RuntimePlan) -> dict[str, Any]:
     }
 
 
-def job_view(row: Row[Any], plan_states: Mapping[str, int], finished_ms: int | None) -> JobView:
+def job_view(row: Row[Any] | SimpleNamespace, plan_states: Mapping[str, int], finished_ms: int | None) -> JobView:
     """A job, given how many of its plans are in which state and when the last of them ended."""
     state = job_state(ExecutionState(name) for name in plan_states)
     return JobView(

@@ -1,10 +1,12 @@
 """How does a job come into being? Everything in one transaction, and once per idempotency key."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, Insert, bindparam, insert, select, update
 
 from ollm_service.core.leasing import RowError
 from ollm_service.core.lifecycle import Event, ExecutionState, step
@@ -14,9 +16,10 @@ from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements, class_id
 from ollm_service.core.wire import to_json
 from ollm_service.store.columns import now_ms
-from ollm_service.store.mapping import shown_columns
+from ollm_service.store.mapping import job_view, shown_columns
 from ollm_service.store.tables import counters, job_rows, jobs, plan_classes, plan_events, results, runtime_plans
 from ollm_service.store.transitions import INSERT_BATCH
+from ollm_service.store.views import JobView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,39 +74,54 @@ class NewJob:
         object.__setattr__(self, "plan_of_row", plan_of_row)
 
 
-def insert_job(connection: Connection, job: NewJob) -> None:
+_INSERT_JOB, _INSERT_ROWS, _INSERT_RESULTS = insert(jobs), insert(job_rows), insert(results)
+_INSERT_PLANS, _INSERT_EVENTS, _INSERT_CLASS = insert(runtime_plans), insert(plan_events), insert(plan_classes)
+_NOW = select(now_ms())
+_KNOWN_CLASSES = select(plan_classes.c.class_id).where(plan_classes.c.class_id.in_(bindparam("wanted", expanding=True)))
+_IS_CLASS_COUNTER = counters.c.name == "class_seq"
+_LOCK_CLASS_COUNTER = select(counters.c.value).where(_IS_CLASS_COUNTER).with_for_update()
+_SET_CLASS_COUNTER = update(counters).where(_IS_CLASS_COUNTER).values(value=bindparam("newest"))
+
+
+def insert_job(connection: Connection, job: NewJob) -> JobView:
     """Insert the job with all that belongs to it. Raises IntegrityError for an id or idempotency key that is taken."""
-    at_ms = int(connection.execute(select(now_ms())).scalar_one())
+    at_ms = int(connection.execute(_NOW).scalar_one())
     invalid = [row for row in job.rows if row.error is not None]
     deadline = None if job.deadline_ms is None else at_ms + job.deadline_ms
-    connection.execute(
-        insert(jobs).values(
-            id=job.job_id,
-            tenant_id=job.tenant_id,
-            model=job.model,
-            config=to_json(job.config),
-            generation=to_json(job.generation),
-            priority=job.priority,
-            where_clause=job.where,
-            idempotency_key=job.idempotency_key,
-            body_digest=job.body_digest,
-            retry_of=job.retry_of,
-            row_count=len(job.rows),
-            plans_total=len(job.plans),
-            seq=len(invalid),
-            succeeded=0,
-            failed=len(invalid),
-            prompt_tokens=0,
-            completion_tokens=0,
-            created_ms=at_ms,
-            deadline_ms=deadline,
-        )
-    )
+    values = {
+        "id": job.job_id,
+        "tenant_id": job.tenant_id,
+        "model": job.model,
+        "config": to_json(job.config),
+        "generation": to_json(job.generation),
+        "priority": job.priority,
+        "where_clause": job.where,
+        "idempotency_key": job.idempotency_key,
+        "body_digest": job.body_digest,
+        "retry_of": job.retry_of,
+        "row_count": len(job.rows),
+        "plans_total": len(job.plans),
+        "seq": len(invalid),
+        "succeeded": 0,
+        "failed": len(invalid),
+        "prompt_tokens": 0,
+        "completion_tokens": 0,
+        "created_ms": at_ms,
+        "deadline_ms": deadline,
+    }
+    connection.execute(_INSERT_JOB, values)
     _insert_rows(connection, job)
     _insert_invalid(connection, job, invalid, at_ms)
-    _insert_plans(connection, job, {row.row for row in invalid}, at_ms, deadline)
+    states = _insert_plans(connection, job, {row.row for row in invalid}, at_ms, deadline)
     # Last, since a new class keeps the counter locked until the commit.
     ensure_classes(connection, [plan.requirements for plan in job.plans])
+    return job_view(SimpleNamespace(**values), states, at_ms)
+
+
+def _insert_all(connection: Connection, statement: Insert, values: Sequence[dict[str, Any]]) -> None:
+    for start in range(0, len(values), INSERT_BATCH):
+        batch = values[start : start + INSERT_BATCH]
+        connection.execute(statement, batch[0] if len(batch) == 1 else batch)
 
 
 def _insert_rows(connection: Connection, job: NewJob) -> None:
@@ -117,8 +135,7 @@ def _insert_rows(connection: Connection, job: NewJob) -> None:
         }
         for row in job.rows
     ]
-    for start in range(0, len(values), INSERT_BATCH):
-        connection.execute(insert(job_rows), values[start : start + INSERT_BATCH])
+    _insert_all(connection, _INSERT_ROWS, values)
 
 
 def _insert_invalid(connection: Connection, job: NewJob, invalid: Sequence[NewRow], at_ms: int) -> None:
@@ -138,11 +155,11 @@ def _insert_invalid(connection: Connection, job: NewJob, invalid: Sequence[NewRo
         for seq, row in enumerate(invalid, start=1)
         if row.error is not None
     ]
-    for start in range(0, len(values), INSERT_BATCH):
-        connection.execute(insert(results), values[start : start + INSERT_BATCH])
+    _insert_all(connection, _INSERT_RESULTS, values)
 
 
-def _insert_plans(connection: Connection, job: NewJob, invalid: set[int], at_ms: int, deadline: int | None) -> None:
+def _insert_plans(connection: Connection, job: NewJob, invalid: set[int], at_ms: int, deadline: int | None) -> Mapping[str, int]:
+    """How many plans begin in which state."""
     config = to_json(job.config)
     values, events = [], []
     for number, plan in enumerate(job.plans):
@@ -182,10 +199,9 @@ def _insert_plans(connection: Connection, job: NewJob, invalid: set[int], at_ms:
         events.append({**identity, "kind": "submit", "from_state": None, "to_state": ExecutionState.QUEUED.value})
         if state.is_final:
             events.append({**identity, "kind": "finish", "from_state": ExecutionState.QUEUED.value, "to_state": state.value})
-    for start in range(0, len(values), INSERT_BATCH):
-        connection.execute(insert(runtime_plans), values[start : start + INSERT_BATCH])
-    for start in range(0, len(events), INSERT_BATCH):
-        connection.execute(insert(plan_events), events[start : start + INSERT_BATCH])
+    _insert_all(connection, _INSERT_PLANS, values)
+    _insert_all(connection, _INSERT_EVENTS, events)
+    return Counter(plan["state"] for plan in values)
 
 
 def ensure_classes(connection: Connection, requirements: Sequence[Requirements]) -> None:
@@ -195,14 +211,16 @@ def ensure_classes(connection: Connection, requirements: Sequence[Requirements])
     that has seen a number has seen every lower one. A database sequence would not do that.
     """
     wanted = {class_id(item): item for item in requirements}
-    known = select(plan_classes.c.class_id).where(plan_classes.c.class_id.in_(wanted))
-    if not wanted.keys() - set(connection.execute(known).scalars()):
+    if not _unknown(connection, wanted):
         return
-    is_counter = counters.c.name == "class_seq"
-    locked = select(counters.c.value).where(is_counter).with_for_update()
-    seq = int(connection.execute(locked).scalar_one())
-    missing = sorted(wanted.keys() - set(connection.execute(known).scalars()))
+    seq = int(connection.execute(_LOCK_CLASS_COUNTER).scalar_one())
+    missing = _unknown(connection, wanted)
     for number, name in enumerate(missing, start=seq + 1):
         values = {"class_id": name, "seq": number, "requirements": to_json(wanted[name])}
-        connection.execute(insert(plan_classes).values(**values))
-    connection.execute(update(counters).where(is_counter).values(value=seq + len(missing)))
+        connection.execute(_INSERT_CLASS, values)
+    connection.execute(_SET_CLASS_COUNTER, {"newest": seq + len(missing)})
+
+
+def _unknown(connection: Connection, wanted: Iterable[str]) -> list[str]:
+    known = connection.execute(_KNOWN_CLASSES, {"wanted": list(wanted)}).scalars()
+    return sorted(set(wanted).difference(known))
