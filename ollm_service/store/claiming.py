@@ -78,13 +78,13 @@ def _as_text(column: Column[Any]) -> Label[str]:
     return type_coerce(column, Text).label(column.name)
 
 
-# What many plans share is read as text and decoded once for all of them.
+# Read as text: what many plans share is decoded once for all of them.
 _SHARED = tuple(
     _as_text(column) for column in (_PLAN.planned, _PLAN.profile, _PLAN.config, jobs.c.generation, plan_classes.c.requirements)
 )
 _WORK_COLUMNS = (
     *(_PLAN.id, _PLAN.job_id, _PLAN.class_id, _PLAN.attempt, _PLAN.state),
-    *(_PLAN.micro_batch_limit, _PLAN.lone_crashes, *_SHARED),
+    *(_PLAN.micro_batch_limit, _as_text(_PLAN.lone_crashes), *_SHARED),
 )
 # Nothing that has to be decoded: of a plan that cannot be.
 _BARE_COLUMNS = tuple(column for column in LIGHT_COLUMNS if not isinstance(column.type, JsonText))
@@ -93,8 +93,6 @@ _UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionErro
 _ENDED_A_CLAIM = 10  # unreadable plans; a claim's transaction stays short
 _LEASED = step(ExecutionState.QUEUED, Event.CLAIM)
 _RUNNING = step(_LEASED, Event.START)
-# The row is locked before it is updated: a plain UPDATE would wait for whoever is just claiming the same plan.
-_TAKE = top_of_class("class_0").with_for_update(skip_locked=True, key_share=True, of=runtime_plans)
 _LEASE = (
     update(runtime_plans)
     .where(_PLAN.id == bindparam("plan"), _PLAN.state == ExecutionState.QUEUED.value)
@@ -116,7 +114,9 @@ _WORK: Select[Any] = (
     .join_from(runtime_plans, jobs, jobs.c.id == _PLAN.job_id)
     .join(plan_classes, plan_classes.c.class_id == _PLAN.class_id)
 )
-_WORK_BY_ID = _WORK.where(_PLAN.id == bindparam("plan"))
+# The row is locked before it is updated: a plain UPDATE would wait for whoever is just claiming the same plan.
+_TAKE = _WORK.where(_PLAN.class_id == bindparam("class"), CLAIMABLE).order_by(*_BEST_FIRST).limit(1)
+_TAKE = _TAKE.with_for_update(skip_locked=True, key_share=True, of=runtime_plans)
 _WORK_BY_LEASE = _WORK.where(_PLAN.lease_id == bindparam("lease"), _PLAN.state.in_(HELD_STATES))
 _HAS_RESULT = select(results.c.row).where(results.c.job_id == job_rows.c.job_id, results.c.row == job_rows.c.row).exists()
 _ROWS = select(job_rows).where(job_rows.c.plan_id == bindparam("plan"), ~_HAS_RESULT).order_by(job_rows.c.row)
@@ -164,11 +164,11 @@ def claim(
     unreadable = 0
     for name in names:
         while unreadable < _ENDED_A_CLAIM:
-            top = connection.execute(_TAKE, {"worker": worker_id, "class_0": name}).one_or_none()
+            top = connection.execute(_TAKE, {"worker": worker_id, "class": name}).one_or_none()
             if top is None:
                 break
             try:
-                work = _assignment(connection, connection.execute(_WORK_BY_ID, {"plan": top.id}).one(), lease_id, lease_ms)
+                work = _assignment(connection, top, lease_id, lease_ms)
             except _UNREADABLE as error:  # every worker would stumble over it, again and again
                 _give_up(connection, top.id, worker_id, type(error).__name__)
                 unreadable += 1
@@ -227,6 +227,6 @@ def _assignment(connection: Connection, plan: Row[Any], lease_id: str, lease_ms:
         rows=tuple(work_row(row, generation) for row in rows),
         lease_ms=lease_ms,
         micro_batch_limit=plan.micro_batch_limit,
-        lone_crashes=frozenset(plan.lone_crashes),
+        lone_crashes=frozenset(json.loads(plan.lone_crashes)),
         is_started=plan.state == _RUNNING,
     )
