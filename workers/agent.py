@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ollm_service.core.capabilities import Capabilities
 from ollm_service.core.errors import DatabaseUnavailable
-from ollm_service.core.leasing import Assignment
+from ollm_service.core.leasing import Assignment, lease_ms_in
 from ollm_service.core.matching import Match, match
 from ollm_service.core.retry import Failure
 from ollm_service.store.database import Store
@@ -83,8 +83,8 @@ class Agent:
         self._hints = hints
         self._on_end = on_end
         self._clock = boot_clock
-        self._lease_seconds = store.lease_ms / 1000
-        self._schedule = Schedule(self._clock(), lease_seconds=self._lease_seconds)
+        self._lease_ms = store.lease_ms  # what is asked for: more in a large fleet
+        self._schedule = Schedule(self._clock())
         self._mailbox: queue.SimpleQueue[_Word] = queue.SimpleQueue()  # put() is safe in signal handlers
         self._ended = threading.Event()
         self._leases: dict[str, tuple[Lease, Slot]] = {}
@@ -267,15 +267,18 @@ class Agent:
             return
         with self._leases_lock:
             held = {lease_id: lease for lease_id, (lease, _) in self._leases.items() if lease.is_attended(now)}
-        sent_at = self._clock()
-        renewal = self._store.leases.heartbeat(self.worker_id, self._inventory.free_to_fleet(), tuple(held), len(held))
+        sent_at, asked_ms = self._clock(), self._lease_ms
+        live = self._inventory.free_to_fleet()
+        renewal = self._store.leases.heartbeat(self.worker_id, live, tuple(held), len(held), lease_ms=asked_ms)
         for lease_id, lease in held.items():
             if lease_id not in renewal.held:
                 lease.lose()
                 continue
-            lease.renewed(sent_at)
+            lease.renewed(sent_at, seconds=asked_ms / 1000)
             lease.is_cancelled = lease.is_cancelled or lease_id in renewal.cancelled
-        self._schedule.beaten(self._clock())
+        # Leases that begin with the next heartbeat to be longer must not wait longer for it.
+        self._schedule.beaten(self._clock(), lease_seconds=asked_ms / 1000)
+        self._lease_ms = lease_ms_in(renewal.fleet_size, self._store.lease_ms)
         self._went_well("heartbeat")
         if renewal.must_drain and not self._is_leaving:
             _log.info("drain-asked", extra={"worker_id": self.worker_id})
@@ -320,7 +323,7 @@ class Agent:
     # --- claiming and working
 
     def _new_lease(self) -> Lease:
-        return Lease(str(uuid.uuid4()), seconds=self._lease_seconds, sent_at=self._clock())
+        return Lease(str(uuid.uuid4()), seconds=self._lease_ms / 1000, sent_at=self._clock())
 
     def _claim(self, slot: Slot, lease: Lease) -> Assignment | None:
         """The best plan of our classes, if there is one. After DatabaseUnavailable it may have been claimed all the same."""
@@ -328,7 +331,9 @@ class Agent:
             return None
         classes = self._classes
         warm = {name for name in classes if slot.has_warm(self._models_of[name])}
-        return self._admit(slot, lease, self._store.leases.claim(self.worker_id, lease.lease_id, classes, warm=warm))
+        asked_ms = round(lease.seconds * 1000)
+        claimed = self._store.leases.claim(self.worker_id, lease.lease_id, classes, warm=warm, lease_ms=asked_ms)
+        return self._admit(slot, lease, claimed)
 
     def _claim_for_sure(self, slot: Slot, lease: Lease) -> Assignment | None:
         """The same; when the reply was lost, the store is asked what the lease holds, until the lease is too old."""

@@ -18,19 +18,26 @@ def boot_clock() -> float:
 
 
 class Lease:
-    """One lease as this worker sees it. The agent renews it, the attempt reads it; single assignments, so no lock."""
+    """One lease as this worker sees it. The agent renews it, the attempt reads it; single assignments, so no lock.
+
+    `seconds` is what the store was asked for, by the claim and then by each renewal.
+    """
 
     def __init__(self, lease_id: str, *, seconds: float, sent_at: float) -> None:
         self.lease_id = lease_id
         self.is_cancelled = False
-        self._seconds = seconds
-        self._sent_at = sent_at
+        self._term = (sent_at, seconds)  # of one renewal, always together
         self._seen_at = sent_at
         self._is_lost = False
 
-    def renewed(self, sent_at: float) -> None:
-        """A renewal sent at that time was granted."""
-        self._sent_at = max(self._sent_at, sent_at)
+    @property
+    def seconds(self) -> float:
+        """How long it lasts from when its claim or renewal was sent."""
+        return self._term[1]
+
+    def renewed(self, sent_at: float, *, seconds: float) -> None:
+        """A renewal for so long, sent at that time, was granted."""
+        self._term = max(self._term, (sent_at, seconds))
 
     def lose(self) -> None:
         """The store says that it holds nothing any more."""
@@ -42,7 +49,7 @@ class Lease:
 
     def is_attended(self, now: float) -> bool:
         """Whether its work is alive: a lease that nobody works under is not renewed."""
-        return now - self._seen_at < self._seconds
+        return now - self._seen_at < self.seconds
 
     def is_lost(self, now: float) -> bool:
         """Whether the work must end."""
@@ -50,8 +57,12 @@ class Lease:
 
     def is_too_old(self, now: float) -> bool:
         """Whether the store may by now have given the plan to others, so that nothing may run on under this lease."""
-        return now - self._sent_at >= KILL_AT * self._seconds
+        return not self._is_within(KILL_AT, now)
 
     def may_record(self, now: float) -> bool:
         """Whether results may still be handed in."""
-        return not self._is_lost and now - self._sent_at < STOP_RECORDING_AT * self._seconds
+        return not self._is_lost and self._is_within(STOP_RECORDING_AT, now)
+
+    def _is_within(self, share: float, now: float) -> bool:
+        sent_at, seconds = self._term
+        return now - sent_at < share * seconds

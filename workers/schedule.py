@@ -2,16 +2,16 @@
 
 import random
 
+from ollm_service.core.leasing import BEATS_A_LEASE
+
 REPROBE_SECONDS = 30.0
 POLL_SECONDS = (1.0, 2.0)
-BEATS_A_LEASE = 6
 
 
 class Schedule:
     """The next heartbeat, the next idle claim and the next look at the machine."""
 
-    def __init__(self, now: float, *, lease_seconds: float) -> None:
-        self._lease_seconds = lease_seconds
+    def __init__(self, now: float) -> None:
         self.beat_at = self.poll_at = now
         self.probe_at = now + REPROBE_SECONDS
         self._token = 0
@@ -34,9 +34,9 @@ class Schedule:
         """Claim again after one to two seconds, not all workers at once."""
         self.poll_at = now + random.uniform(*POLL_SECONDS)
 
-    def beaten(self, now: float) -> None:
-        """The next heartbeat comes a sixth of a lease later, give or take a fifth."""
-        self.beat_at = now + self._lease_seconds / BEATS_A_LEASE * random.uniform(0.8, 1.2)
+    def beaten(self, now: float, *, lease_seconds: float) -> None:
+        """The next heartbeat comes a sixth of the lease later that this one asked for, give or take a fifth."""
+        self.beat_at = now + lease_seconds / BEATS_A_LEASE * random.uniform(0.8, 1.2)
 
     def probed(self, now: float) -> None:
         """The machine was looked at."""

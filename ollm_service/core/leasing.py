@@ -9,6 +9,17 @@ from ollm_service.core.plan import RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements
 
+BEATS_A_LEASE = 6
+MOST_BEATS_A_SECOND = 50  # of a whole fleet: each is a transaction of the one database
+
+
+def lease_ms_in(fleet_size: int, base_ms: int) -> int:
+    """How long a lease is asked for where so many workers send a heartbeat each sixth of it: so long that the beats stay few.
+
+    It is `base_ms` in small fleets: at 30 s in those of up to 250 workers.
+    """
+    return max(base_ms, fleet_size * BEATS_A_LEASE * 1000 // MOST_BEATS_A_SECOND)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkRow:
@@ -105,12 +116,14 @@ class Renewal:
 
     `held` are the leases that were renewed, `cancelled` those of them whose user asked to stop. `must_drain`: the operator asked
     this worker to finish and leave. `is_registered` false: the store does not know the worker (any more); register again.
+    `fleet_size` counts the workers that send heartbeats: `lease_ms_in` says what that means for the next ones.
     """
 
     is_registered: bool
     held: frozenset[str] = frozenset()
     cancelled: frozenset[str] = frozenset()
     must_drain: bool = False
+    fleet_size: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

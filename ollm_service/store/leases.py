@@ -40,7 +40,7 @@ RUNNER_CRASHED = "runner_crashed"
 
 
 class Leases:
-    """The verbs. `draw` returns a random number in [0, 1) for the jitter of retries."""
+    """The verbs. `draw` returns a random number in [0, 1) for the jitter of retries. `lease_ms` is the lease of a small fleet."""
 
     def __init__(self, database: Database, *, lease_ms: int, draw: Callable[[], float]) -> None:
         self._database, self.lease_ms, self._draw = database, lease_ms, draw
@@ -51,10 +51,16 @@ class Leases:
         """Make this worker known, or known again with other capabilities."""
         self._database.write(lambda connection: presence.register(connection, worker_id, capabilities, live, pid))
 
-    def heartbeat(self, worker_id: str, live: LiveState, lease_ids: Collection[str], running: int) -> Renewal:
-        """Say that this worker is alive, and renew exactly these leases: those whose work is alive in it."""
+    def heartbeat(
+        self, worker_id: str, live: LiveState, lease_ids: Collection[str], running: int, *, lease_ms: int | None = None
+    ) -> Renewal:
+        """Say that this worker is alive, and renew exactly these leases: those whose work is alive in it.
+
+        They last `lease_ms` from now, or as long as they would have anyway.
+        """
+        asked_ms = lease_ms or self.lease_ms
         return self._database.write(
-            lambda connection: presence.heartbeat(connection, worker_id, live, lease_ids, running, self.lease_ms)
+            lambda connection: presence.heartbeat(connection, worker_id, live, lease_ids, running, asked_ms)
         )
 
     def retire(self, worker_id: str) -> None:
@@ -72,15 +78,22 @@ class Leases:
     # --- taking work
 
     def claim(
-        self, worker_id: str, lease_id: str, class_ids: Collection[str], *, warm: Collection[str] = ()
+        self,
+        worker_id: str,
+        lease_id: str,
+        class_ids: Collection[str],
+        *,
+        warm: Collection[str] = (),
+        lease_ms: int | None = None,
     ) -> Assignment | None:
         """Lease the best plan of these classes under `lease_id`, a new random UUID; None when there is none for this worker.
 
         A worker that is draining, unknown or gone gets nothing, and no plan whose exclusion names its node. `warm` are the
-        classes for which nothing has to be loaded: their plans start with the claim.
+        classes for which nothing has to be loaded: their plans start with the claim. The lease lasts `lease_ms`.
         """
         if not class_ids:
             return None
+        asked_ms = lease_ms or self.lease_ms
 
         def has_work(connection: Connection) -> bool:
             return bool(claiming.best_classes(connection, class_ids, worker_id))
@@ -90,8 +103,8 @@ class Leases:
             return None
         try:
             return self._database.write(
-                lambda connection: claiming.claim(connection, worker_id, lease_id, class_ids, self.lease_ms, warm=warm),
-                recover=lambda connection: claiming.assignment_of(connection, lease_id, self.lease_ms),
+                lambda connection: claiming.claim(connection, worker_id, lease_id, class_ids, asked_ms, warm=warm),
+                recover=lambda connection: claiming.assignment_of(connection, lease_id, asked_ms),
             )
         except IntegrityError as error:  # the lease was used before: by this very claim, whose first COMMIT came late
             claimed = self.claimed(lease_id)

@@ -6,7 +6,7 @@ Lock order: plans by id, then the worker, then the counter.
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, case, func, insert, select, update
 
 from ollm_service.core.capabilities import Capabilities, LiveState
 from ollm_service.core.leasing import Renewal
@@ -62,7 +62,10 @@ def _live_columns(live: LiveState) -> dict[str, Any]:
 def heartbeat(
     connection: Connection, worker_id: str, live: LiveState, lease_ids: Collection[str], running: int, lease_ms: int
 ) -> Renewal:
-    """Renew these leases, in the order of the plans' ids, and tell which of them still hold."""
+    """Renew these leases, in the order of the plans' ids, and tell which of them still hold.
+
+    None ends sooner than it would have: a worker that never hears the answer goes by the renewal before.
+    """
     plan = runtime_plans.c
     held: dict[str, bool] = {}
     if lease_ids:
@@ -71,7 +74,9 @@ def heartbeat(
         rows = connection.execute(wanted.order_by(plan.id).with_for_update(key_share=True)).all()
         held = {row.lease_id: row.cancel_requested for row in rows}
         renewed = update(runtime_plans).where(plan.id.in_([row.id for row in rows]))
-        connection.execute(renewed.values(lease_expires_ms=now_ms() + lease_ms))
+        later = now_ms() + lease_ms
+        ends = case((plan.lease_expires_ms > later, plan.lease_expires_ms), else_=later)
+        connection.execute(renewed.values(lease_expires_ms=ends))
     seen = update(workers).where(workers.c.id == worker_id, workers.c.state != GONE)
     seen = seen.values(heartbeat_ms=now_ms(), running=running, **_live_columns(live)).returning(workers.c.state)
     state = connection.execute(seen).scalar_one_or_none()
@@ -80,7 +85,14 @@ def heartbeat(
         held=frozenset(held),
         cancelled=frozenset(lease_id for lease_id, is_cancelled in held.items() if is_cancelled),
         must_drain=state == DRAINING,
+        fleet_size=fleet_size(connection),
     )
+
+
+def fleet_size(connection: Connection) -> int:
+    """How many workers send heartbeats."""
+    beating = select(func.count()).select_from(workers).where(workers.c.state != GONE)
+    return int(connection.execute(beating).scalar_one())
 
 
 def retire(connection: Connection, worker_id: str) -> None:

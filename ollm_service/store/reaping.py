@@ -7,13 +7,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, select, update
 
+from ollm_service.core.leasing import lease_ms_in
 from ollm_service.core.lifecycle import FINAL_STATES, HELD_STATES, Event
 from ollm_service.core.retry import MOST_LOSSES
 from ollm_service.store.columns import now_ms
 from ollm_service.store.engine import Database
-from ollm_service.store.presence import GONE, count_inventory_change
+from ollm_service.store.presence import GONE, count_inventory_change, fleet_size
 from ollm_service.store.tables import counters, runtime_plans, workers
 from ollm_service.store.transitions import LIGHT_COLUMNS, end_attempt, end_early, move
 
@@ -22,11 +23,14 @@ _PLAN = runtime_plans.c
 
 
 def reap(database: Database, *, lease_ms: int, limit: int) -> int:
-    """Take back what silent workers held. Nothing happens while reaping is held off."""
+    """Take back what silent workers held. Nothing happens while reaping is held off.
+
+    `lease_ms` is that of a small fleet; in a larger one workers are heard of less often.
+    """
     if database.read(_is_held_off):
         return 0
     # Only those with something to do write: on SQLite the others would still take the one write lock.
-    if database.read(lambda connection: connection.execute(_silent(lease_ms).limit(1)).first()):
+    if database.read(lambda connection: connection.execute(_silent(connection, lease_ms).limit(1)).first()):
         database.write(lambda connection: _count_out(connection, lease_ms))
     ran_out = _PLAN.state.in_(HELD_STATES) & (_PLAN.lease_expires_ms < now_ms())
     return _for_each(database, ran_out, _PLAN.lease_expires_ms, _take_back, limit)
@@ -42,13 +46,14 @@ def hold_off(database: Database, *, lease_ms: int) -> bool:
     """Let a lease pass before the next reaping; refused when that was granted a short while ago."""
 
     def work(connection: Connection) -> bool:
+        longest_ms = lease_ms_in(fleet_size(connection), lease_ms)
         granted = update(counters).where(
-            counters.c.name == "reap_held_ms", counters.c.value <= now_ms() - max(HOLD_EVERY_MS, 2 * lease_ms)
+            counters.c.name == "reap_held_ms", counters.c.value <= now_ms() - max(HOLD_EVERY_MS, 2 * longest_ms)
         )
         if not connection.execute(granted.values(value=now_ms())).rowcount:
             return False
         later = update(counters).where(counters.c.name == "reap_from_ms")
-        connection.execute(later.values(value=now_ms() + lease_ms))
+        connection.execute(later.values(value=now_ms() + longest_ms))
         return True
 
     return database.write(work)
@@ -59,12 +64,13 @@ def _is_held_off(connection: Connection) -> bool:
     return bool(connection.scalar(query))
 
 
-def _silent(lease_ms: int) -> Any:
-    return select(workers.c.id).where(workers.c.state != GONE, workers.c.heartbeat_ms < now_ms() - lease_ms)
+def _silent(connection: Connection, lease_ms: int) -> Select[Any]:
+    longest_ms = lease_ms_in(fleet_size(connection), lease_ms)
+    return select(workers.c.id).where(workers.c.state != GONE, workers.c.heartbeat_ms < now_ms() - longest_ms)
 
 
 def _count_out(connection: Connection, lease_ms: int) -> None:
-    silent = [row.id for row in connection.execute(_silent(lease_ms).order_by(workers.c.id).with_for_update())]
+    silent = [row.id for row in connection.execute(_silent(connection, lease_ms).order_by(workers.c.id).with_for_update())]
     if silent:
         connection.execute(update(workers).where(workers.c.id.in_(silent)).values(state=GONE, running=0))
         count_inventory_change(connection)

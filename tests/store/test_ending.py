@@ -3,13 +3,28 @@
 from collections.abc import Callable
 
 import pytest
+from sqlalchemy import text
 
 from ollm_service.core.leasing import LeaseLost, Released
 from ollm_service.core.lifecycle import ExecutionState, JobState
 from ollm_service.core.retry import Failure
 from ollm_service.store.database import Store, open_database
+from ollm_service.store.engine import connect, parse_url
 from tests.store.ageing import let_time_pass
-from tests.store.samples import LIVE, TENANT, answers, claim, must_claim, new_job, new_worker, plan_of, plans_of
+from tests.store.crowd import multiply_workers
+from tests.store.samples import (
+    LIVE,
+    TENANT,
+    answers,
+    claim,
+    class_of,
+    must_claim,
+    new_job,
+    new_lease,
+    new_worker,
+    plan_of,
+    plans_of,
+)
 
 BROKEN = Failure(code="load_failed", message="no such tensor")
 
@@ -140,6 +155,23 @@ def test_renewals_keep_a_lease(store: Store, store_url: str) -> None:
     assert store.leases.heartbeat(worker, LIVE, [kept, forgotten], 1).held == {kept}
 
 
+def test_a_worker_asks_for_longer_leases_where_it_beats_less_often(store: Store, store_url: str) -> None:
+    """By its claims and its renewals; a renewal for less takes nothing away, since its answer may never arrive."""
+    job = new_job(1, 1)
+    store.jobs.submit(job)
+    worker = new_worker(store)
+    longer = store.leases.claim(worker, new_lease(), [class_of()], lease_ms=120_000)
+    assert longer is not None
+    renewed = must_claim(store, worker).lease_id
+    store.leases.heartbeat(worker, LIVE, [renewed], 2, lease_ms=120_000)
+    let_time_pass(store_url, 60_000)
+    assert store.leases.heartbeat(worker, LIVE, [longer.lease_id, renewed], 2, lease_ms=30_000).held == {longer.lease_id, renewed}
+    let_time_pass(store_url, 50_000)
+    assert store.leases.reap() == 0
+    let_time_pass(store_url, 10_001)
+    assert store.leases.reap() == 2
+
+
 def test_three_losses_without_a_new_row_bury_the_plan(store: Store, store_url: str) -> None:
     """A new row makes earlier losses forgotten; nothing else does."""
     job = new_job(2)
@@ -165,6 +197,18 @@ def test_reaping_waits_after_an_outage(store: Store, store_url: str) -> None:
     assert store.leases.hold_off_reaping()
     assert not store.leases.hold_off_reaping()
     assert store.leases.reap() == 0
+
+
+def test_reaping_waits_for_the_lease_of_the_fleet(store: Store, store_url: str) -> None:
+    """After an outage, workers that beat less often get longer to renew."""
+    new_worker(store)
+    multiply_workers(store_url, 300)
+    assert store.leases.hold_off_reaping()
+    engine = connect(parse_url(store_url))
+    with engine.connect() as connection:
+        until = connection.execute(text("SELECT value FROM counters WHERE name = 'reap_from_ms'")).scalar_one()
+    engine.dispose()
+    assert 30_000 < until - store.now_ms() <= 36_000
 
 
 def test_a_waiting_plan_is_cancelled_at_once(store: Store) -> None:

@@ -10,6 +10,7 @@ from ollm_service.core.profile import ModelProfile
 from ollm_service.store.database import Store
 from ollm_service.store.engine import connect, parse_url
 from tests.store.ageing import let_time_pass
+from tests.store.crowd import multiply_workers
 from tests.store.samples import (
     DIGEST,
     FALLBACK,
@@ -76,6 +77,23 @@ def test_a_silent_worker_is_counted_out(store: Store, store_url: str) -> None:
     assert [model.workers for model in models] == [(alive,)]
     assert store.fleet.forget_gone(60_000) == 0
     assert store.fleet.forget_gone(10_000) == 1
+
+
+def test_a_large_fleet_is_heard_of_less_often(store: Store, store_url: str) -> None:
+    """Heartbeats tell how many workers send them; of 300 each may be silent for 36 s, of few that remain for 30 s."""
+    worker = new_worker(store)
+    assert store.leases.heartbeat(worker, LIVE, [], 0).fleet_size == 1
+    multiply_workers(store_url, 300)
+    assert store.leases.heartbeat(worker, LIVE, [], 0).fleet_size == 300
+    store.fleet.drain(worker)
+    let_time_pass(store_url, 35_000)
+    store.leases.reap()
+    assert len(store.fleet.workers(active_only=False, gone=False)) == 300
+    store.leases.heartbeat(worker, LIVE, [], 0)
+    let_time_pass(store_url, 1_001)
+    store.leases.reap()
+    assert [view.worker_id for view in store.fleet.workers(active_only=False, gone=False)] == [worker]
+    assert store.leases.heartbeat(worker, LIVE, [], 0).fleet_size == 1
 
 
 def test_the_inventory_counts_changes_of_the_models(store: Store) -> None:

@@ -10,6 +10,8 @@ from ollm_service.core.lifecycle import ExecutionState as State
 from ollm_service.core.options import RuntimeConfig
 from ollm_service.core.plan import PassId, SpecializationState
 from tests.servers import PostgresServer
+from tests.store.crowd import multiply_workers
+from tests.store.samples import new_worker
 from tests.unit.model_folders import TINY_LLAMA, make_model
 from tests.waiting import wait_for
 from tests.worker.place import SCRIPTED, SECONDS, TENANT, Place
@@ -258,6 +260,26 @@ def test_a_renewed_lease_outlives_its_first_end(place: Place) -> None:
         wait_for(lambda: place.store.leases.reap() > 0 or place.texts(job), timeout=SECONDS, what="the answer")
     assert place.detail(job).plan.losses == 0
     assert place.detail(job).plan.attempt == 1
+
+
+def test_a_worker_of_a_large_fleet_asks_for_longer_leases(place: Place) -> None:
+    """It hears of the others by its heartbeats; from then on it renews and claims for as long as their number asks."""
+    new_worker(place.store)
+    multiply_workers(place.database_url, 99)  # with the one that comes: leases of 12 s
+
+    def lease_of(job_id: str) -> float:
+        (plan_id,) = (plan.plan_id for plan in place.store.jobs.plans(job_id, TENANT))
+        with sqlite3.connect(place.directory / "ollm.db", timeout=10) as connection:
+            query = "SELECT COALESCE(MAX(lease_expires_ms), 0) FROM runtime_plans WHERE id = ?"
+            ends = connection.execute(query, (plan_id,)).fetchone()[0]
+        return max(0.0, (int(ends) - place.store.now_ms()) / 1000)
+
+    with place.agent(lease_seconds=6.0, slots=2):
+        early = place.submit(["[slow=600]"])
+        place.wait_for_state(early, State.RUNNING)
+        wait_for(lambda: lease_of(early) > 10, timeout=SECONDS, what="a renewal for 12 s")
+        late = place.submit(["[slow=600]"])
+        assert wait_for(lambda: lease_of(late), timeout=SECONDS, what="the claim") > 10
 
 
 def test_slots_run_side_by_side(place: Place) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from ollm_service.store.database import Store, open_database, upgrade
 from tests.store.ageing import let_time_pass
+from tests.store.crowd import multiply_workers
 from tests.store.samples import new_worker
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +47,16 @@ def test_a_node_is_healthy_while_its_worker_is_heard_of(store: Store, url: str) 
     assert (elsewhere.returncode, elsewhere.stderr) == (1, "No worker of node south was heard of in the last 30 s.\n")
     let_time_pass(url, 31_000)
     assert check(url).returncode == 1
+
+
+def test_a_worker_of_a_large_fleet_may_be_silent_for_longer(store: Store, url: str) -> None:
+    """The more workers there are, the less often each is heard of."""
+    new_worker(store, "north")
+    multiply_workers(url, 300)
+    let_time_pass(url, 31_000)
+    assert check(url).returncode == 0
+    let_time_pass(url, 5_001)
+    assert "in the last 36 s" in check(url).stderr
 
 
 def test_a_check_without_a_database_says_so(tmp_path: Path) -> None:
