@@ -51,6 +51,7 @@ class Terms:
 
 class _Word(Enum):
     WAKE = auto()
+    FREE = auto()
     DRAIN = auto()
     STOP = auto()
 
@@ -208,7 +209,7 @@ class Agent:
             self._schedule.poll_now()
         elif word is _Word.DRAIN:
             self._begin_drain()
-        else:
+        elif word is _Word.STOP:
             self._begin_drain()
             self._must_hurry = True
 
@@ -389,7 +390,7 @@ class Agent:
                 following = claimed
         finally:
             self._slots.give_back(slot)
-            self._mailbox.put(_Word.WAKE)
+            self._mailbox.put(_Word.FREE)  # which has just found no more work
 
     def _run_one(self, slot: Slot, assignment: Assignment, lease: Lease) -> None:
         """Broad on purpose, as the claim loop: what is a bug here costs this attempt, not the worker."""

@@ -70,7 +70,7 @@ class Leases:
     def new_classes(self, after_seq: int) -> tuple[PlanClass, ...]:
         """The classes numbered above `after_seq`, in the order in which they were committed; 0 for all."""
         query = select(plan_classes).where(plan_classes.c.seq > after_seq).order_by(plan_classes.c.seq)
-        rows = self._database.read(lambda connection: connection.execute(query).all())
+        rows = self._database.look(lambda connection: connection.execute(query).all())
         return tuple(
             PlanClass(class_id=row.class_id, seq=row.seq, requirements=from_json(Requirements, row.requirements)) for row in rows
         )
