@@ -1,5 +1,6 @@
 """Does the coordinator's process start, serve, refuse and end as an operator expects?"""
 
+import asyncio
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ollm_service.api.server import serve
+from ollm_service.api.server import bind, serve
 from ollm_service.core.errors import MisconfiguredService
 from ollm_service.settings import Settings
 from ollm_service.store.database import open_database
@@ -61,6 +62,24 @@ def test_it_serves_and_ends_on_sigterm_with_readers_waiting(url: str) -> None:
             process.send_signal(signal.SIGTERM)
             assert waiting.read() == b""
         assert process.wait(timeout=20) == 0
+
+
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    """An answer in two writes would otherwise wait 40 ms for the client's delayed acknowledgement of the first."""
+
+    async def has_no_delay() -> int:
+        with bind(Settings(port=0)) as bound:
+            seen: asyncio.Future[asyncio.StreamWriter] = asyncio.get_running_loop().create_future()
+            listening = await asyncio.start_server(lambda _, writer: seen.set_result(writer), sock=bound)
+            async with listening:
+                _, client = await asyncio.open_connection(*bound.getsockname())
+                accepted = (await seen).get_extra_info("socket")
+                is_set: int = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                client.close()
+                (await seen).close()
+        return is_set
+
+    assert asyncio.run(has_no_delay())
 
 
 def test_a_body_over_the_limit_gets_its_answer(url: str) -> None:
