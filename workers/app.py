@@ -25,7 +25,7 @@ from ollm_service.settings import MEMORY_BROKER, Settings
 from ollm_service.store.database import Store, open_database
 from workers.agent import Agent, Terms
 from workers.attempt import Patience
-from workers.hints import Hints
+from workers.hints import SILENT_SECONDS, Hints
 from workers.inventory import Inventory
 from workers.log_lines import set_up_logging
 from workers.model_shelf import RESCAN_SECONDS, ModelShelf
@@ -53,13 +53,13 @@ def _app() -> Celery:
         _leave_with(2, error)
 
 
-def make_worker(settings: Settings) -> Celery:
-    """A Celery app whose worker runs an agent. Raises MisconfiguredService."""
+def make_worker(settings: Settings, *, silent_seconds: float = SILENT_SECONDS) -> Celery:
+    """A Celery app whose worker runs an agent, and suspects a broker that is silent for so long. Raises MisconfiguredService."""
     app = make_celery(settings.broker_url)
     has_broker = settings.broker_url != MEMORY_BROKER
     app.conf.worker_concurrency = settings.slots
     app.conf.worker_consumer = f"workers.hints:{'HintConsumer' if has_broker else 'BrokerlessConsumer'}"
-    worker = Worker(settings, Hints(app) if has_broker else None)
+    worker = Worker(settings, Hints(app, silent_seconds=silent_seconds) if has_broker else None)
     app.steps["worker"].add(type("OllmAgent", (AgentStep,), {"worker": worker}))
     app.task(name=RUN_NEXT, ignore_result=True)(worker.run_next)
     signals.setup_logging.connect(_set_up_logging, weak=False)

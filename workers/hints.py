@@ -46,10 +46,14 @@ class BrokerlessConsumer(HintConsumer):
 
 
 class Hints:
-    """What the agent says about its queues, and hears of hints. `attach` gives it Celery's running worker."""
+    """What the agent says about its queues, and hears of hints. `attach` gives it Celery's running worker.
 
-    def __init__(self, app: Celery) -> None:
+    Work that is found for longer than `silent_seconds` without any hint makes the connection suspect.
+    """
+
+    def __init__(self, app: Celery, *, silent_seconds: float = SILENT_SECONDS) -> None:
         self._app = app
+        self._silent_seconds = silent_seconds
         self._consumer: Any = None  # a Consumer; the stubs know little of it
         self._wanted: frozenset[str] = frozenset()
         self._full_since: float | None = None
@@ -86,7 +90,7 @@ class Hints:
         """
         self._silent_finds += 1
         self._heard_at = now if self._heard_at is None else self._heard_at
-        is_silent = self._silent_finds >= SILENT_FINDS and now - self._heard_at > SILENT_SECONDS
+        is_silent = self._silent_finds >= SILENT_FINDS and now - self._heard_at > self._silent_seconds
         if self._consumer is None or not is_silent or now - self._reconnected_at < RECONNECT_SECONDS:
             return False
         self._silent_finds, self._reconnected_at = 0, now

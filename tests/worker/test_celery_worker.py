@@ -12,23 +12,25 @@ from pathlib import Path
 import pytest
 import redis
 
-from ollm_service.broker import Hints, make_celery, queue_name
+from ollm_service.broker import QUEUE_PREFIX, Hints, make_celery, queue_name
 from ollm_service.core.lifecycle import ExecutionState as State
 from tests.servers import LOOPBACK, PostgresServer, RabbitServer, RedisServer, kill_tree, refused_port
 from tests.waiting import wait_for
 from tests.worker.place import SECONDS, Place
+from workers.hints import SILENT_FINDS
 
-CELERY = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-l", "INFO"]
+OURS = "workers.app"
 
 
 class WorkerProcess:
     """One Celery worker as a process, its log in a file."""
 
-    def __init__(self, place: Place, number: int, **settings: str) -> None:
+    def __init__(self, place: Place, number: int, *, app: str = OURS, **settings: str) -> None:
+        command = [sys.executable, "-m", "celery", "-A", app, "worker", "-l", "INFO"]
         self.log = place.directory / f"worker-{number}.log"
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                CELERY, env=dict(place.environment(**settings)), stdout=output, stderr=output, start_new_session=True
+                command, env=dict(place.environment(**settings)), stdout=output, stderr=output, start_new_session=True
             )
 
     def says(self, text: str) -> bool:
@@ -47,9 +49,9 @@ class WorkerProcess:
 
 
 @contextmanager
-def worker(place: Place, *, number: int = 0, **settings: str) -> Iterator[WorkerProcess]:
+def worker(place: Place, *, number: int = 0, app: str = OURS, **settings: str) -> Iterator[WorkerProcess]:
     """A worker that is ready; killed at the end with all its children if it still runs."""
-    started = WorkerProcess(place, number, **settings)
+    started = WorkerProcess(place, number, app=app, **settings)
     try:
         started.wait_until_it_says("worker-started")
         yield started
@@ -244,6 +246,24 @@ def test_hints_flow_again_after_the_broker_was_restarted(shared: Place) -> None:
 
             wait_for(taken, timeout=SECONDS, what="hints to be taken again")
         hints.close()
+
+
+def test_a_worker_that_finds_work_without_hints_connects_anew(place: Place, redis_server: RedisServer) -> None:
+    """A connection may be dead though it looks well: where only polling feeds a worker it says so, and hears on another one."""
+    queues = redis.Redis(port=redis_server.port)
+    hints = Hints(make_celery(redis_server.url))
+    with worker(place, app="tests.doubles.impatient_worker", OLLM_BROKER_URL=redis_server.url) as one:
+        name = queue_name(class_of(place, warm_up(place)))
+        one.wait_until_it_says(f"Started consuming from {name}")
+        for _ in range(SILENT_FINDS):
+            place.wait_for_end(place.submit(["nobody hints at this"]))
+        one.wait_until_it_says("no-hints")
+        wait_for(lambda: one.log.read_text().count("Connected to redis") == 2, timeout=SECONDS, what="the new connection")
+        hints.send(name.removeprefix(QUEUE_PREFIX), 1)
+        wait_for(lambda: hints.is_up, timeout=SECONDS, what="the hint to be in the queue")
+        wait_for(lambda: queues.llen(name) == 0, timeout=SECONDS, what="the hint to be taken")
+        assert one.end() == 0
+    hints.close()
 
 
 def test_two_workers_share_a_job(shared: Place, redis_server: RedisServer) -> None:
