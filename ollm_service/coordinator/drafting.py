@@ -69,6 +69,8 @@ def draft(fleet: Snapshot, model: str, config: RuntimeConfig, where: str | None)
 
 
 def _known_models(fleet: Snapshot) -> str:
+    if not fleet.workers:
+        return "No worker is connected yet: start one, or wait until it is ready. Or name an alias or a hub id, org/name."
     nodes = {worker.worker_id: worker.node for worker in fleet.workers}
     held: dict[str, set[str]] = {}
     for model in fleet.models:

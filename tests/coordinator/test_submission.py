@@ -140,8 +140,9 @@ def test_the_same_key_and_body_give_the_same_job(service: Service) -> None:
 
 def test_a_new_worker_is_seen_by_the_next_submission(service: Service) -> None:
     """The kept snapshot of the fleet is dropped as soon as a worker joins."""
-    with pytest.raises(ModelNotFound):
+    with pytest.raises(ModelNotFound) as caught:
         submit(service, submission())
+    assert "No worker is connected yet" in (caught.value.remedy or "")
     new_worker(service.store)
     assert submit(service, submission()).is_new
 
