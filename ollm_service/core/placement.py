@@ -4,7 +4,7 @@ The ladder of tiers, best first: everything on the device; the KV cache in files
 
 Memory estimates (bytes; T = tokens of the longest row with its output, B = rows of a micro-batch, w = bytes of an element):
   weights      the tensors of the checkpoint
-  kv           B · T · kv_bytes_per_token; with the cache in files one layer of it at a time, twice (what is read and its copy)
+  kv           B · kv_bytes(T); with the cache in files one layer of it at a time, twice (what is read and its copy)
   activations  B · T · (4·hidden + 3·intermediate) · w for one layer at prefill, and B · T² for a left-padded mask
   logits       B · vocabulary · 8, the last position in float32 and a copy that sampling sorts
 """
@@ -155,7 +155,7 @@ def _place_rows(
 def estimate_memory(profile: ModelProfile, strategy: KVCacheStrategy, *, rows: int, tokens: int) -> MemoryEstimate:
     """What `rows` rows of `tokens` tokens need; see the formulae above."""
     element = _ELEMENT_BYTES.get(profile.dtype or "", 4)
-    history = rows * tokens * profile.kv_bytes_per_token
+    history = rows * profile.kv_bytes(tokens)
     resident = strategy is KVCacheStrategy.RESIDENT
     width = 4 * profile.hidden_size + 3 * profile.intermediate_size
     return MemoryEstimate(

@@ -11,8 +11,16 @@ class ModelProfile:
     """One model in one worker's models root.
 
     Sizes are in bytes, lengths in tokens. `digest` is the sha256 over weights, configuration, tokenizer and chat template: equal
-    digests are equal models. `weight_bytes` is what the weights take in memory, in `dtype`. `refs` are the branches and tags that
-    name `revision`, as far as the folder knows. `unsafe_because` says why the folder is refused; such a model is never planned.
+    digests are equal models. `refs` are the branches and tags that name `revision`, as far as the folder knows.
+    `unsafe_because` says why the folder is refused; such a model is never planned.
+
+    Weights, as loaded in `dtype`: `weight_bytes` all of them; `layer_bytes` each decoder layer, routed experts included, empty
+    where the layers cannot be told apart; `embedding_bytes` the input embeddings, positions among them; `head_bytes` the output
+    head, 0 where it is the embedding; `expert_bytes` all routed experts of all layers. The rest is towers, encoders and norms.
+
+    What one row keeps: `kv_bytes_per_token` the layers of full attention, `sliding_kv_bytes_per_token` those that look back
+    `sliding_window` tokens, `state_bytes_per_row` the recurrent and convolution states of layers without attention, and
+    `cross_kv_bytes_per_token` what a decoder keeps of each token of its source.
     """
 
     name: str
@@ -32,9 +40,20 @@ class ModelProfile:
     intermediate_size: int = 0
     vocabulary_size: int = 0
     attention_heads: int = 0
+    layer_bytes: tuple[int, ...] = ()
+    embedding_bytes: int = 0
+    head_bytes: int = 0
+    expert_bytes: int = 0
+    expert_count: int = 0
+    experts_per_token: int = 0
     kv_bytes_per_token: int = 0
+    sliding_kv_bytes_per_token: int = 0
+    sliding_window: int | None = None
+    state_bytes_per_row: int = 0
+    cross_kv_bytes_per_token: int = 0
     max_context_tokens: int | None = None
     has_chat_template: bool = False
+    has_gds_export: bool = False
     repo_id: str | None = None
     revision: str | None = None
     refs: tuple[str, ...] = ()
@@ -48,3 +67,18 @@ class ModelProfile:
     def is_usable(self) -> bool:
         """Whether the folder is safe and complete enough to be loaded."""
         return self.unsafe_because is None
+
+    @property
+    def other_bytes(self) -> int:
+        """The weights that are neither decoder layers nor embeddings nor head: towers, encoders, norms."""
+        return self.weight_bytes - sum(self.layer_bytes) - self.embedding_bytes - self.head_bytes
+
+    def kv_bytes(self, tokens: int, source_tokens: int = 0) -> int:
+        """What a row of so many tokens keeps between two forward passes; `source_tokens` are those that an encoder read."""
+        in_window = tokens if self.sliding_window is None else min(tokens, self.sliding_window)
+        return (
+            tokens * self.kv_bytes_per_token
+            + in_window * self.sliding_kv_bytes_per_token
+            + source_tokens * self.cross_kv_bytes_per_token
+            + self.state_bytes_per_row
+        )
