@@ -234,7 +234,9 @@ class Agent:
         capabilities = self._known_capabilities()
         for known in self._store.leases.new_classes(self._seen_seq):
             self._seen_seq = max(self._seen_seq, known.seq)
-            if isinstance(match(known.requirements, capabilities), Match):
+            if known.requirements is None:
+                _log.warning("class-unreadable", extra={"worker_id": self.worker_id, "class_id": known.class_id})
+            elif isinstance(match(known.requirements, capabilities), Match):
                 self._models_of[known.class_id] = known.requirements.model_digest
                 self._classes |= {known.class_id}
 

@@ -8,7 +8,7 @@ from ollm_service.coordinator.fleet import Snapshot
 from ollm_service.coordinator.service import Service
 from ollm_service.core.errors import RequestError
 from ollm_service.core.options import RuntimeConfig
-from ollm_service.store.views import PlanView
+from ollm_service.store.views import PlanView, UnreadablePlan
 
 PLANS_AT_ONCE = 200
 _log = logging.getLogger(__name__)
@@ -28,8 +28,13 @@ def replan_stale(service: Service, fleet: Snapshot) -> int:
     answers: dict[_Question, Draft | None] = {}
     changed = 0
     while not service.stopping.is_set():
-        stale = service.store.jobs.stale_plans(fleet.inventory_seq, PLANS_AT_ONCE)
+        found = service.store.jobs.stale_plans(fleet.inventory_seq, PLANS_AT_ONCE)
+        stale = [view for view in found if isinstance(view, PlanView)]
         settled = [view.plan_id for view in stale if not _differs(view, _answer(view, fleet, answers))]
+        for unreadable in (view for view in found if isinstance(view, UnreadablePlan)):
+            # It stays as it is until a worker claims it, which ends it.
+            _log.warning("plan-unreadable", extra={"plan_id": unreadable.plan_id, "error": unreadable.error})
+            settled.append(unreadable.plan_id)
         moved = service.store.jobs.mark_planned(settled, fleet.inventory_seq) if settled else 0
         for view in stale:
             drafted = _answer(view, fleet, answers)
@@ -37,7 +42,7 @@ def replan_stale(service: Service, fleet: Snapshot) -> int:
                 moved += _replan(service, view.plan_id, drafted)
                 changed += 1
         # Plans that were claimed, or looked at by another coordinator, meanwhile are not ours to try again at once.
-        if len(stale) < PLANS_AT_ONCE or not moved:
+        if len(found) < PLANS_AT_ONCE or not moved:
             break
     if changed:
         _log.info("plans-replanned", extra={"plans": changed, "inventory_seq": fleet.inventory_seq})

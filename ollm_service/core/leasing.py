@@ -128,8 +128,8 @@ class Renewal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanClass:
-    """A class of plans with equal requirements; `seq` numbers classes in commit order."""
+    """A class of plans with equal requirements, None where those cannot be decoded; `seq` numbers classes in commit order."""
 
     class_id: str
     seq: int
-    requirements: Requirements
+    requirements: Requirements | None

@@ -8,40 +8,34 @@ import json
 import uuid
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache
 from itertools import islice
 from typing import Any, TypeVar
 
 from sqlalchemy import (
     BigInteger,
-    Column,
     CompoundSelect,
     Connection,
-    Label,
     Row,
     Select,
-    Text,
     bindparam,
     func,
     insert,
     select,
-    type_coerce,
     union_all,
     update,
 )
 
-from ollm_service.core.errors import RequestError
 from ollm_service.core.leasing import Assignment
 from ollm_service.core.lifecycle import HELD_STATES, Event, ExecutionState, step
 from ollm_service.core.options import GenerationConfig, RuntimeConfig
 from ollm_service.core.plan import PLAN_SCHEMA_VERSION, RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements
-from ollm_service.core.wire import from_json
-from ollm_service.store.columns import JsonText, now_ms
-from ollm_service.store.mapping import work_row
+from ollm_service.store.columns import as_text, now_ms
+from ollm_service.store.mapping import UNREADABLE, decoded, work_row
 from ollm_service.store.tables import attempts, exclusions, job_rows, jobs, plan_classes, results, runtime_plans, workers
-from ollm_service.store.transitions import LIGHT_COLUMNS, append_events, end_early, event_of
+from ollm_service.store.transitions import append_events, end_early, event_of, lock_by_id
 
 T = TypeVar("T")
 _PLAN = runtime_plans.c
@@ -74,22 +68,14 @@ def top_of_class(name: str) -> Select[Any]:
     return select(*columns).where(_PLAN.class_id == bindparam(name), CLAIMABLE).order_by(*_BEST_FIRST).limit(1)
 
 
-def _as_text(column: Column[Any]) -> Label[str]:
-    return type_coerce(column, Text).label(column.name)
-
-
 # Read as text: what many plans share is decoded once for all of them.
 _SHARED = tuple(
-    _as_text(column) for column in (_PLAN.planned, _PLAN.profile, _PLAN.config, jobs.c.generation, plan_classes.c.requirements)
+    as_text(column) for column in (_PLAN.planned, _PLAN.profile, _PLAN.config, jobs.c.generation, plan_classes.c.requirements)
 )
 _WORK_COLUMNS = (
     *(_PLAN.id, _PLAN.job_id, _PLAN.class_id, _PLAN.attempt, _PLAN.state),
-    *(_PLAN.micro_batch_limit, _as_text(_PLAN.lone_crashes), *_SHARED),
+    *(_PLAN.micro_batch_limit, as_text(_PLAN.lone_crashes), *_SHARED),
 )
-# Nothing that has to be decoded: of a plan that cannot be.
-_BARE_COLUMNS = tuple(column for column in LIGHT_COLUMNS if not isinstance(column.type, JsonText))
-_BARE = select(*_BARE_COLUMNS).where(_PLAN.id == bindparam("plan"))
-_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError, RequestError)
 _ENDED_A_CLAIM = 10  # unreadable plans; a claim's transaction stays short
 _LEASED = step(ExecutionState.QUEUED, Event.CLAIM)
 _RUNNING = step(_LEASED, Event.START)
@@ -169,7 +155,7 @@ def claim(
                 break
             try:
                 work = _assignment(connection, top, lease_id, lease_ms)
-            except _UNREADABLE as error:  # every worker would stumble over it, again and again
+            except UNREADABLE as error:  # every worker would stumble over it, again and again
                 _give_up(connection, top.id, worker_id, type(error).__name__)
                 unreadable += 1
                 continue
@@ -195,7 +181,8 @@ def _give_up(connection: Connection, plan_id: str, worker_id: str, error: str) -
     """End a locked plan that cannot be read, under a lease that nobody hears of. The error's text might hold a prompt."""
     holder = {"worker": worker_id, "lease": str(uuid.uuid4()), "lease_ms": 0}
     _lease(connection, plan_id, holder, is_warm=False)
-    plan = connection.execute(_BARE, {"plan": plan_id}).one()
+    plan = lock_by_id(connection, plan_id)
+    assert plan is not None, "this transaction holds the plan's lock"
     end_early(connection, plan, Event.GIVE_UP, kind="fail", message=f"The stored plan or its rows cannot be read ({error}).")
 
 
@@ -205,14 +192,8 @@ def assignment_of(connection: Connection, lease_id: str, lease_ms: int) -> Assig
     return None if plan is None else _assignment(connection, plan, lease_id, lease_ms)
 
 
-@lru_cache(maxsize=256)
-def _decoded(kind: type[T], text: str) -> T:
-    """A value that nobody changes, from its column's text."""
-    return from_json(kind, json.loads(text))
-
-
 def _assignment(connection: Connection, plan: Row[Any], lease_id: str, lease_ms: int) -> Assignment:
-    generation = _decoded(GenerationConfig, plan.generation)
+    generation = decoded(GenerationConfig, plan.generation)
     rows = connection.execute(_ROWS, {"plan": plan.id}).all()
     return Assignment(
         plan_id=plan.id,
@@ -220,10 +201,10 @@ def _assignment(connection: Connection, plan: Row[Any], lease_id: str, lease_ms:
         lease_id=lease_id,
         class_id=plan.class_id,
         attempt=plan.attempt,
-        runtime_plan=_decoded(RuntimePlan, plan.planned),
-        profile=_decoded(ModelProfile, plan.profile),
-        config=_decoded(RuntimeConfig, plan.config),
-        requirements=_decoded(Requirements, plan.requirements),
+        runtime_plan=decoded(RuntimePlan, plan.planned),
+        profile=decoded(ModelProfile, plan.profile),
+        config=decoded(RuntimeConfig, plan.config),
+        requirements=decoded(Requirements, plan.requirements),
         rows=tuple(work_row(row, generation) for row in rows),
         lease_ms=lease_ms,
         micro_batch_limit=plan.micro_batch_limit,

@@ -1,9 +1,10 @@
 """How are values kept in columns: JSON, untrusted text, and the database's own clock?"""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import BigInteger, Text
+from sqlalchemy import BigInteger, Column, ColumnElement, Label, Text, type_coerce
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -41,6 +42,16 @@ class PlainText(TypeDecorator[str]):
         if value is None:
             return None
         return value.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")
+
+
+def as_text(column: Column[Any]) -> Label[str]:
+    """A JSON column as the text that it is stored as: what cannot be decoded does not spoil the other rows of an answer."""
+    return type_coerce(column, Text).label(column.name)
+
+
+def undecoded(columns: Iterable[Column[Any]]) -> tuple[ColumnElement[Any], ...]:
+    """These columns, those that hold JSON as text."""
+    return tuple(as_text(column) if isinstance(column.type, JsonText) else column for column in columns)
 
 
 class now_ms(FunctionElement[int]):  # noqa: N801 - reads as the SQL function that it is

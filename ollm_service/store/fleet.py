@@ -1,21 +1,25 @@
 """What does the fleet look like from the coordinators: its workers, its models, its backlog?"""
 
-from sqlalchemy import Connection, case, func, select, update
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from sqlalchemy import Connection, Row, case, func, select, update
 
 from ollm_service.core.capabilities import Capabilities
 from ollm_service.core.lifecycle import HELD_STATES, ExecutionState
 from ollm_service.core.planning import HeldModel
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements
-from ollm_service.core.wire import from_json
-from ollm_service.store.columns import now_ms
+from ollm_service.store.columns import as_text, now_ms, undecoded
 from ollm_service.store.engine import Database
-from ollm_service.store.mapping import worker_view
+from ollm_service.store.mapping import UNREADABLE, decoded_or_none, worker_view
 from ollm_service.store.presence import ACTIVE, DRAINING, GONE, count_inventory_change
 from ollm_service.store.tables import counters, plan_classes, runtime_plans, workers
 from ollm_service.store.views import ClassBacklog, WorkerView
 
 _PLAN = runtime_plans.c
+_log = logging.getLogger(__name__)
 
 
 class Fleet:
@@ -28,13 +32,13 @@ class Fleet:
         """The workers, oldest first; with `active_only` neither those that drain nor those that are gone, which `gone` admits."""
         held = (_PLAN.worker_id == workers.c.id) & _PLAN.state.in_(HELD_STATES)
         running = select(func.count()).select_from(runtime_plans).where(held).scalar_subquery()
-        query = select(workers, running.label("running_plans"), (now_ms() - workers.c.heartbeat_ms).label("age_ms"))
+        query = select(*undecoded(workers.c), running.label("running_plans"), (now_ms() - workers.c.heartbeat_ms).label("age_ms"))
         if active_only:
             query = query.where(workers.c.state == ACTIVE)
         elif not gone:
             query = query.where(workers.c.state != GONE)
         query = query.order_by(workers.c.started_ms, workers.c.id)
-        return self._database.read(lambda connection: [worker_view(row) for row in connection.execute(query)])
+        return self._database.read(lambda connection: list(_readable(connection.execute(query))))
 
     def inventory_seq(self) -> int:
         """The number of the present inventory alone: one row, for those who keep the rest."""
@@ -47,10 +51,11 @@ class Fleet:
         def work(connection: Connection) -> tuple[int, tuple[HeldModel, ...]]:
             # The number first: a change in between then makes what is planned now look old, and it is planned again.
             seq = connection.execute(select(counters.c.value).where(counters.c.name == "inventory_seq")).scalar_one()
-            query = select(workers.c.id, workers.c.capabilities).where(workers.c.state == ACTIVE)
+            query = select(workers.c.id, as_text(workers.c.capabilities)).where(workers.c.state == ACTIVE)
             holders: dict[tuple[str, str, str], tuple[ModelProfile, list[str]]] = {}
             for row in connection.execute(query.order_by(workers.c.started_ms, workers.c.id)):
-                for model in from_json(Capabilities, row.capabilities).models:
+                offered = decoded_or_none(Capabilities, row.capabilities)
+                for model in offered.models if offered else ():
                     if model.is_usable:
                         key = (model.name, str(model.path), model.digest)
                         holders.setdefault(key, (model, []))[1].append(row.id)
@@ -89,15 +94,24 @@ class Fleet:
         )
         counted = counted.where(_PLAN.state == ExecutionState.QUEUED.value).group_by(_PLAN.class_id)
         groups = counted.subquery()
-        query = select(groups, plan_classes.c.requirements)
+        query = select(groups, as_text(plan_classes.c.requirements))
         query = query.join_from(groups, plan_classes, plan_classes.c.class_id == groups.c.class_id)
         rows = self._database.read(lambda connection: connection.execute(query.order_by(groups.c.queued.desc())).all())
         return [
             ClassBacklog(
                 class_id=row.class_id,
-                requirements=from_json(Requirements, row.requirements),
+                requirements=decoded_or_none(Requirements, row.requirements),
                 queued=row.queued,
                 available=int(row.available),
             )
             for row in rows
         ]
+
+
+def _readable(rows: Iterable[Row[Any]]) -> Iterator[WorkerView]:
+    """The workers that can be decoded; one of a newer release, perhaps, is left out."""
+    for row in rows:
+        try:
+            yield worker_view(row)
+        except UNREADABLE as error:
+            _log.warning("worker-unreadable", extra={"worker_id": row.id, "error": type(error).__name__})

@@ -6,20 +6,20 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Select, Update, case, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
-from ollm_service.core.errors import IdempotencyConflict, InvalidJob, NotFound
+from ollm_service.core.errors import IdempotencyConflict, InvalidJob, NotFound, ServiceError
 from ollm_service.core.leasing import RowError
 from ollm_service.core.lifecycle import FINAL_STATES, Event, ExecutionState
 from ollm_service.core.plan import PLAN_SCHEMA_VERSION, RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements, class_id
 from ollm_service.core.wire import to_json
-from ollm_service.store.columns import now_ms
+from ollm_service.store.columns import as_text, now_ms, undecoded
 from ollm_service.store.engine import Database
-from ollm_service.store.mapping import attempt_view, event_view, job_view, plan_view, shown_columns
+from ollm_service.store.mapping import attempt_view, event_view, job_view, plan_view_if_readable, shown_columns
 from ollm_service.store.submission import NewJob, NewPlan, NewRow, ensure_classes, insert_job
 from ollm_service.store.tables import attempts, exclusions, job_rows, jobs, plan_classes, plan_events, results, runtime_plans
 from ollm_service.store.transitions import LIGHT_COLUMNS, append_event, end_early, lock_by_id
-from ollm_service.store.views import JobView, PlanDetail, PlanView
+from ollm_service.store.views import JobView, PlanDetail, PlanView, UnreadablePlan
 
 __all__ = ["Jobs", "NewJob", "NewPlan", "NewRow"]
 
@@ -108,35 +108,47 @@ class Jobs:
     ) -> Sequence[PlanView]:
         """Plans of the newest jobs first, each job's in order, from behind the plan `after`, whatever state that is in now.
 
-        Of one job, in one state, or all of them. Raises NotFound for the job or the plan `after`.
+        Of one job, in one state, or all of them; those that cannot be decoded are left out. Raises NotFound for the job or the
+        plan `after`.
         """
+        # By way of the jobs, whose index is in this order: nothing but one job's plans is ever sorted.
+        query = _plans().join(jobs, jobs.c.id == _PLAN.job_id).where(jobs.c.tenant_id == tenant_id)
+        query = query.order_by(jobs.c.created_ms.desc(), jobs.c.id.desc(), _PLAN.number)
+        if job_id is not None:
+            query = query.where(jobs.c.id == job_id)
+        if state is not None:
+            query = query.where(_PLAN.state == state.value)
 
         def work(connection: Connection) -> Sequence[PlanView]:
-            # By way of the jobs, whose index is in this order: nothing but one job's plans is ever sorted.
-            query = _plans().join(jobs, jobs.c.id == _PLAN.job_id).where(jobs.c.tenant_id == tenant_id)
             if job_id is not None:
                 _require_job(connection, job_id, tenant_id)
-                query = query.where(jobs.c.id == job_id)
-            if state is not None:
-                query = query.where(_PLAN.state == state.value)
-            if after is not None:
-                query = query.where(_comes_after(connection, after, tenant_id, job_id))
-            query = query.order_by(jobs.c.created_ms.desc(), jobs.c.id.desc(), _PLAN.number).limit(limit)
-            return [plan_view(row) for row in connection.execute(query)]
+            found: list[PlanView] = []
+            last, is_end = after, False
+            while len(found) < limit and not is_end:
+                page = query if last is None else query.where(_comes_after(connection, last, tenant_id, job_id))
+                wanted = limit - len(found)
+                views = [plan_view_if_readable(row) for row in connection.execute(page.limit(wanted))]
+                found += [view for view in views if isinstance(view, PlanView)]
+                is_end = len(views) < wanted
+                last = views[-1].plan_id if views else last
+            return found
 
         return self._database.read(work)
 
     def plan(self, plan_id: str, tenant_id: str) -> PlanDetail:
-        """One plan with its events and attempts. Raises NotFound."""
+        """One plan with its events and attempts. Raises NotFound, and ServiceError for one that cannot be decoded."""
 
         def work(connection: Connection) -> PlanDetail:
             row = connection.execute(_plans().where(_PLAN.id == plan_id, _PLAN.tenant_id == tenant_id)).one_or_none()
             if row is None:
                 raise NotFound(f"There is no plan {plan_id}.")
+            view = plan_view_if_readable(row)
+            if isinstance(view, UnreadablePlan):
+                raise ServiceError(f"The stored plan {plan_id} cannot be read ({view.error}).")
             events = select(plan_events).where(plan_events.c.plan_id == plan_id).order_by(plan_events.c.id)
             tries = select(attempts).where(attempts.c.plan_id == plan_id).order_by(attempts.c.number)
             return PlanDetail(
-                plan=plan_view(row),
+                plan=view,
                 events=tuple(event_view(event) for event in connection.execute(events)),
                 attempts=tuple(attempt_view(attempt) for attempt in connection.execute(tries)),
             )
@@ -187,11 +199,11 @@ class Jobs:
 
     # --- what coordinators change of plans that wait
 
-    def stale_plans(self, inventory_seq: int, limit: int = 100) -> Sequence[PlanView]:
+    def stale_plans(self, inventory_seq: int, limit: int = 100) -> Sequence[PlanView | UnreadablePlan]:
         """Queued plans that were planned against an older inventory."""
         query = _plans().where(_PLAN.state == ExecutionState.QUEUED.value, _PLAN.inventory_seq < inventory_seq)
         query = query.order_by(_PLAN.inventory_seq, _PLAN.id).limit(limit)
-        return self._database.read(lambda connection: [plan_view(row) for row in connection.execute(query)])
+        return self._database.read(lambda connection: [plan_view_if_readable(row) for row in connection.execute(query)])
 
     def replan(
         self,
@@ -275,7 +287,7 @@ def _change_idle(*conditions: ColumnElement[bool]) -> Update:
 
 def _plans() -> Select[Any]:
     same_class = plan_classes.c.class_id == _PLAN.class_id
-    return select(runtime_plans, plan_classes.c.requirements).join_from(runtime_plans, plan_classes, same_class)
+    return select(*undecoded(_PLAN), as_text(plan_classes.c.requirements)).join_from(runtime_plans, plan_classes, same_class)
 
 
 def _comes_after(connection: Connection, plan_id: str, tenant_id: str, job_id: str | None) -> ColumnElement[bool]:

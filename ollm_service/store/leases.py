@@ -5,6 +5,7 @@ only. Each verb may be repeated with the same arguments when its reply was lost;
 answer, and the repeated verb asks by lease id what has become of the first.
 """
 
+import json
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -26,11 +27,11 @@ from ollm_service.core.leasing import (
 from ollm_service.core.lifecycle import Event, ExecutionState
 from ollm_service.core.requirements import Requirements
 from ollm_service.core.retry import Failure, GiveUp, decide
-from ollm_service.core.wire import from_json, to_json
+from ollm_service.core.wire import to_json
 from ollm_service.store import claiming, presence, reaping
-from ollm_service.store.columns import now_ms
+from ollm_service.store.columns import as_text, now_ms
 from ollm_service.store.engine import Database
-from ollm_service.store.mapping import shown_columns
+from ollm_service.store.mapping import decoded_or_none, shown_columns
 from ollm_service.store.tables import attempts, exclusions, plan_classes, runtime_plans
 from ollm_service.store.transitions import end_attempt, end_early, event_of, lock_by_lease, move, write_results
 
@@ -69,10 +70,12 @@ class Leases:
 
     def new_classes(self, after_seq: int) -> tuple[PlanClass, ...]:
         """The classes numbered above `after_seq`, in the order in which they were committed; 0 for all."""
-        query = select(plan_classes).where(plan_classes.c.seq > after_seq).order_by(plan_classes.c.seq)
+        columns = (plan_classes.c.class_id, plan_classes.c.seq, as_text(plan_classes.c.requirements))
+        query = select(*columns).where(plan_classes.c.seq > after_seq).order_by(plan_classes.c.seq)
         rows = self._database.look(lambda connection: connection.execute(query).all())
         return tuple(
-            PlanClass(class_id=row.class_id, seq=row.seq, requirements=from_json(Requirements, row.requirements)) for row in rows
+            PlanClass(class_id=row.class_id, seq=row.seq, requirements=decoded_or_none(Requirements, row.requirements))
+            for row in rows
         )
 
     # --- taking work
@@ -192,12 +195,12 @@ class Leases:
 
         def work(connection: Connection, plan: Row[Any]) -> str:
             values: dict[str, Any] = {}
-            lone = rows_in_flight[0]
+            lone, crashed_alone = rows_in_flight[0], json.loads(plan.lone_crashes)
             if len(rows_in_flight) > 1:
                 most = min(len(rows_in_flight), plan.micro_batch_limit or len(rows_in_flight))
                 values["micro_batch_limit"] = max(1, most // 2)
-            elif lone not in plan.lone_crashes:
-                values["lone_crashes"] = [*plan.lone_crashes, lone]
+            elif lone not in crashed_alone:
+                values["lone_crashes"] = [*crashed_alone, lone]
             else:
                 error = RowError(code=RUNNER_CRASHED, message=f"The runner crashed twice on this row alone: {reason}")
                 inserted, failed = write_results(connection, plan, [RowResult(row=lone, error=error)])

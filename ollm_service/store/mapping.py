@@ -1,12 +1,15 @@
 """How do rows become the dataclasses that leave the store, and plans become columns?"""
 
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from sqlalchemy import Row
 
 from ollm_service.core.capabilities import Capabilities, LiveState
+from ollm_service.core.errors import RequestError
 from ollm_service.core.leasing import RowError, WorkRow
 from ollm_service.core.lifecycle import ExecutionState, job_state
 from ollm_service.core.options import GenerationConfig, RuntimeConfig
@@ -14,7 +17,29 @@ from ollm_service.core.plan import RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements
 from ollm_service.core.wire import from_json
-from ollm_service.store.views import AttemptView, EventView, JobView, PlanView, ResultView, WorkerView
+from ollm_service.store.views import AttemptView, EventView, JobView, PlanView, ResultView, UnreadablePlan, WorkerView
+
+T = TypeVar("T")
+# What decoding raises for what no release of ours has written, or only a newer one.
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError, RequestError)
+
+
+def decoded(kind: type[T], text: str) -> T:
+    """A value that nobody changes, from its column's text: what many rows share is decoded once. Raises one of UNREADABLE."""
+    return cast(T, _decoded(kind, text))  # type: ignore[arg-type]  # a class is hashable
+
+
+@lru_cache(maxsize=256)
+def _decoded(kind: type[Any], text: str) -> Any:
+    return from_json(kind, json.loads(text))
+
+
+def decoded_or_none(kind: type[T], text: str) -> T | None:
+    """The same, or None where it cannot be decoded."""
+    try:
+        return decoded(kind, text)
+    except UNREADABLE:
+        return None
 
 
 def shown_columns(plan: RuntimePlan) -> dict[str, Any]:
@@ -55,8 +80,8 @@ def job_view(row: Row[Any] | SimpleNamespace, plan_states: Mapping[str, int], fi
 
 
 def plan_view(row: Row[Any]) -> PlanView:
-    """A plan record, from its columns and its class's `requirements`."""
-    planned = from_json(RuntimePlan, row.planned)
+    """A plan record, from its columns and its class's `requirements`, JSON as text. Raises one of UNREADABLE."""
+    planned = decoded(RuntimePlan, row.planned)
     return PlanView(
         plan_id=row.id,
         job_id=row.job_id,
@@ -68,11 +93,11 @@ def plan_view(row: Row[Any]) -> PlanView:
         row_count=row.row_count,
         rows_done=row.rows_done,
         rows_failed=row.rows_failed,
-        runtime_plan=planned if row.finalized is None else from_json(RuntimePlan, row.finalized),
+        runtime_plan=planned if row.finalized is None else decoded(RuntimePlan, row.finalized),
         planned=planned,
-        profile=None if row.profile is None else from_json(ModelProfile, row.profile),
-        config=from_json(RuntimeConfig, row.config),
-        requirements=from_json(Requirements, row.requirements),
+        profile=None if row.profile is None else decoded(ModelProfile, row.profile),
+        config=decoded(RuntimeConfig, row.config),
+        requirements=decoded(Requirements, row.requirements),
         inventory_seq=row.inventory_seq,
         attempt=row.attempt,
         failures=row.failures,
@@ -87,6 +112,14 @@ def plan_view(row: Row[Any]) -> PlanView:
         finished_ms=row.finished_ms,
         reason=row.reason,
     )
+
+
+def plan_view_if_readable(row: Row[Any]) -> PlanView | UnreadablePlan:
+    """The same; one that cannot be decoded must not keep the others from being seen."""
+    try:
+        return plan_view(row)
+    except UNREADABLE as error:
+        return UnreadablePlan(plan_id=row.id, error=type(error).__name__)
 
 
 def event_view(row: Row[Any]) -> EventView:
@@ -138,14 +171,14 @@ def result_view(row: Row[Any]) -> ResultView:
 
 
 def worker_view(row: Row[Any]) -> WorkerView:
-    """One worker, with `running` and `age_ms` counted by the query."""
+    """One worker, with `running` and `age_ms` counted by the query, JSON as text. Raises one of UNREADABLE."""
     return WorkerView(
         worker_id=row.id,
         node=row.node,
         state=row.state,
         pid=row.pid,
-        capabilities=from_json(Capabilities, row.capabilities),
-        live=from_json(LiveState, row.live),
+        capabilities=decoded(Capabilities, row.capabilities),
+        live=from_json(LiveState, json.loads(row.live)),
         running=row.running_plans,
         warm_model=row.warm_model,
         heartbeat_age_ms=max(0, row.age_ms),

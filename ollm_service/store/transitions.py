@@ -11,11 +11,12 @@ from sqlalchemy import BigInteger, Connection, Row, bindparam, func, insert, lit
 
 from ollm_service.core.leasing import RowResult
 from ollm_service.core.lifecycle import HELD_STATES, Event, ExecutionState, step
-from ollm_service.store.columns import now_ms
+from ollm_service.store.columns import now_ms, undecoded
 from ollm_service.store.tables import attempts, job_rows, jobs, plan_events, results, runtime_plans
 
 _HEAVY = {"planned", "finalized", "profile", "config"}
-LIGHT_COLUMNS = tuple(column for column in runtime_plans.c if column.name not in _HEAVY)
+# Nothing is decoded: whoever ends or moves a plan can do so though it cannot be read.
+LIGHT_COLUMNS = undecoded(column for column in runtime_plans.c if column.name not in _HEAVY)
 INSERT_BATCH = 1_000
 
 # Statements are built once: at a few hundred plans per second, building them anew costs more than the database does.

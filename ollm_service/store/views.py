@@ -81,6 +81,14 @@ class PlanView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnreadablePlan:
+    """A plan record that cannot be decoded; `error` names why without its contents. The first claim ends it."""
+
+    plan_id: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EventView:
     """One line of a plan record's history. `event_id` grows along each plan's history."""
 
@@ -154,9 +162,12 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassBacklog:
-    """The queued plans of one class. `available` may be claimed now; the others wait for their back-off."""
+    """The queued plans of one class. `available` may be claimed now; the others wait for their back-off.
+
+    `requirements` is None where they cannot be decoded: then no worker can satisfy them.
+    """
 
     class_id: str
-    requirements: Requirements
+    requirements: Requirements | None
     queued: int
     available: int

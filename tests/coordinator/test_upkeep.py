@@ -1,9 +1,12 @@
 """What do the loops mend: lost leases, changed fleets, passed deadlines, lost hints, and their own outages?"""
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+
+import pytest
 
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
 from ollm_service.coordinator.submission import submit
@@ -15,6 +18,7 @@ from ollm_service.store.views import PlanView
 from tests.coordinator.services import claim_one, sent_hints, submission
 from tests.store.ageing import let_time_pass
 from tests.store.samples import LIVE, PROFILE, REPORT, capabilities, new_worker
+from tests.store.spoiling import BROKEN, spoil
 from tests.waiting import wait_for
 
 QUICK = 0.02  # seconds between turns
@@ -144,6 +148,47 @@ def test_the_sweep_hints_as_many_as_are_idle(service: Service) -> None:
     sent_hints(service).clear()
     sweep(service)
     assert [count for _, count in sent_hints(service)] == [2]
+
+
+@pytest.mark.parametrize("column", ["planned", "config"])
+def test_one_unreadable_plan_stops_no_sweep(
+    service_on_both: Service, database_url: str, caplog: pytest.LogCaptureFixture, column: str
+) -> None:
+    """The others are planned anew and hinted; the log names it, once for each change of the fleet and without its contents."""
+    service = service_on_both
+    spoilt, sound = (submit(service, submission(model="org/name")).job for _ in range(2))
+    spoilt_id = plan_of(service, spoilt.job_id).plan_id
+    spoil(database_url, "runtime_plans", column, spoilt_id)
+    new_worker(service.store, models=(replace(PROFILE, repo_id="org/name", name="org--name"),))
+    sent_hints(service).clear()
+    with caplog.at_level(logging.WARNING):
+        sweep(service)
+        sweep(service)
+    assert (plan_of(service, sound.job_id).profile, plan_of(service, sound.job_id).condition) != (None, "model-not-present")
+    assert plan_of(service, sound.job_id).class_id in {class_id for class_id, _ in sent_hints(service)}
+    (told,) = [record for record in caplog.records if record.message == "plan-unreadable"]
+    assert told.__dict__["plan_id"] == spoilt_id
+    assert BROKEN not in str(told.__dict__)
+
+
+def test_an_unreadable_class_waits_for_nobody_to_come(
+    service_on_both: Service, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its plans say that no worker can take them, the log names it once, and the other classes are hinted."""
+    service = service_on_both
+    new_worker(service.store, labels={"zone": "attic"})
+    spoilt, sound = submit(service, submission(where='zone == "attic"')).job, submit(service, submission()).job
+    (class_id,) = {item.class_id for item in service.store.fleet.backlog()} - {plan_of(service, sound.job_id).class_id}
+    spoil(database_url, "plan_classes", "requirements", class_id)
+    sent_hints(service).clear()
+    with caplog.at_level(logging.WARNING):
+        sweep(service)
+        sweep(service)
+    assert {name for name, _ in sent_hints(service)} == {plan_of(service, sound.job_id).class_id}
+    told = [record.__dict__["class_id"] for record in caplog.records if record.message == "class-unreadable"]
+    assert told == [class_id]
+    assert service.store.jobs.refresh_conditions(class_id, ()) == 0, "it says so already"
+    assert service.store.jobs.get(spoilt.job_id, DEFAULT_TENANT).state == "queued"
 
 
 def test_reaping_waits_for_one_lease_after_the_start(service_on_both: Service) -> None:

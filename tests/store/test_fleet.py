@@ -9,6 +9,7 @@ from ollm_service.core.leasing import RowError, RowResult
 from ollm_service.core.profile import ModelProfile
 from ollm_service.store.database import Store
 from ollm_service.store.engine import connect, parse_url
+from ollm_service.store.views import PlanView
 from tests.store.ageing import let_time_pass
 from tests.store.crowd import multiply_workers
 from tests.store.samples import (
@@ -176,6 +177,7 @@ def test_plans_of_an_old_inventory_are_found(store: Store) -> None:
     store.jobs.submit(held)
     must_claim(store, new_worker(store))
     (stale,) = store.jobs.stale_plans(7)
+    assert isinstance(stale, PlanView)
     assert (stale.job_id, stale.inventory_seq) == (job.job_id, 1)
     assert store.jobs.mark_planned([stale.plan_id, plan_of(store, held).plan_id], 7) == 1
     assert store.jobs.stale_plans(7) == []

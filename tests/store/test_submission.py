@@ -9,6 +9,7 @@ from ollm_service.core.errors import IdempotencyConflict, InvalidJob, NotFound
 from ollm_service.core.lifecycle import ExecutionState, JobState
 from ollm_service.store.database import Store
 from ollm_service.store.jobs import NewRow
+from ollm_service.store.views import PlanView
 from tests.store.samples import (
     TENANT,
     answers,
@@ -19,6 +20,7 @@ from tests.store.samples import (
     new_worker,
     plan_of,
     plans_of,
+    requirements,
 )
 
 
@@ -99,7 +101,7 @@ def test_classes_are_numbered_once_and_in_order(store: Store) -> None:
     known = store.leases.new_classes(0)
     assert [(item.seq, item.class_id) for item in known] == [(1, class_of("a")), (2, class_of("b"))]
     assert [item.class_id for item in store.leases.new_classes(1)] == [class_of("b")]
-    assert known[0].requirements.where == 'tag == "a"'
+    assert known[0].requirements == requirements("a")
 
 
 @pytest.mark.parametrize("hostile", ["nul \0 inside", "half a pair \ud800", "emoji 😀 and \x1b[31m", "' OR 1=1 --", "\u2028"])
@@ -164,6 +166,7 @@ def test_a_model_that_nobody_has_waits_visibly(store: Store) -> None:
     worker = new_worker(store)
     assert claim(store, worker) is None
     (stale,) = store.jobs.stale_plans(2)
+    assert isinstance(stale, PlanView)
     changes = {"runtime_plan": stale.planned, "profile": plan.profile, "requirements": stale.requirements}
     assert store.jobs.replan(stale.plan_id, inventory_seq=2, **changes)  # type: ignore[arg-type]  # a map of keywords
     assert not store.jobs.replan(stale.plan_id, inventory_seq=2, **changes)  # type: ignore[arg-type]  # a map of keywords

@@ -1,5 +1,6 @@
 """Does every plan that an agent claims leave it in the right way? A real store, real runner processes, no model."""
 
+import logging
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from ollm_service.core.plan import PassId, SpecializationState
 from tests.servers import PostgresServer
 from tests.store.crowd import multiply_workers
 from tests.store.samples import new_worker
+from tests.store.spoiling import spoil
 from tests.unit.model_folders import TINY_LLAMA, make_model
 from tests.waiting import wait_for
 from tests.worker.place import SCRIPTED, SECONDS, TENANT, Place
@@ -53,6 +55,18 @@ def test_work_that_comes_later_is_found_quickly(place: Place) -> None:
         second = place.submit(["two"], config=RuntimeConfig(backend="transformers-generic"))
         place.wait_for_end(second, timeout=5)
     assert place.texts(second) == {0: "TWO"}
+
+
+def test_a_class_that_cannot_be_read_is_passed_over(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """It is named in the log, once, and the plans of the others run."""
+    spoilt = place.submit(["never"], where='zone == "moon"')
+    class_id = place.detail(spoilt).plan.class_id
+    spoil(place.database_url, "plan_classes", "requirements", class_id)
+    with caplog.at_level(logging.WARNING), place.agent():
+        for number in range(2):
+            place.wait_for_end(place.submit([f"row {number}"]))
+    told = [record.__dict__["class_id"] for record in caplog.records if record.message == "class-unreadable"]
+    assert set(told) == {class_id}
 
 
 def test_a_row_that_crashes_with_others_is_answered_alone(place: Place) -> None:
