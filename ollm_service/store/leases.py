@@ -188,7 +188,8 @@ class Leases:
         """The runner died while it worked on these rows; queued again at once, wiser.
 
         Several rows: the plan keeps half as many as its micro-batch limit. One row: the plan remembers it, and the second time
-        the row gets the error `runner_crashed`. No rows: it died for another reason, which is a failure.
+        the row gets the error `runner_crashed` and the others their whole micro-batch back. No rows: it died for another reason,
+        which is a failure.
         """
         if not rows_in_flight:
             return self.fail(lease_id, Failure(code=RUNNER_CRASHED, message=reason))
@@ -204,7 +205,8 @@ class Leases:
             else:
                 error = RowError(code=RUNNER_CRASHED, message=f"The runner crashed twice on this row alone: {reason}")
                 inserted, failed = write_results(connection, plan, [RowResult(row=lone, error=error)])
-                values = _progress(plan, inserted, failed)
+                # Every crash but the row's own may have been its doing; others that crash runners halve the limit again.
+                values = _progress(plan, inserted, failed) | ({"micro_batch_limit": None} if inserted else {})
             if values.get("rows_done") == plan.row_count:
                 end_attempt(connection, plan, outcome=ExecutionState.SUCCEEDED.value, ended_by="crash")
                 return move(connection, plan, Event.FINISH, kind="finish", reason=reason, **values)

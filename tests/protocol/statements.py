@@ -185,6 +185,7 @@ class Statements:
             plan = plan._replace(alone=plan.alone | 1 << batch[0])
         else:
             plan = self.record(plan, batch, sign=FAILED)
+            plan = plan if plan.is_final else plan._replace(batch_limit=len(plan.rows))
         return plan if plan.is_final else self._requeue(plan, self.rules.fail_heeds_cancel)
 
     def reap(self, plan: Plan) -> Plan:

@@ -118,6 +118,23 @@ def test_the_second_lone_crash_is_the_rows_error(store: Store) -> None:
     assert plan_of(store, job).state is ExecutionState.SUCCEEDED
 
 
+def test_rows_get_their_micro_batch_back_from_the_row_that_took_it(store: Store) -> None:
+    """Once that row is answered with its crashes, the others run together again; one more that crashes halves them again."""
+    job, worker = new_job(8), new_worker(store)
+    store.jobs.submit(job)
+
+    def crash(*rows: int) -> int | None:
+        store.leases.crash(must_claim(store, worker).lease_id, rows, "signal 11")
+        work = must_claim(store, worker)
+        store.leases.release(work.lease_id, reason="only looked")
+        return work.micro_batch_limit
+
+    assert [crash(*range(8)), crash(*range(4)), crash(2, 3), crash(3), crash(3)] == [4, 2, 1, 1, None]
+    assert errors(store, job.job_id) == {3: "runner_crashed"}
+    assert [crash(*range(4, 8)), crash(4, 5)] == [2, 1]
+    assert must_claim(store, worker).lone_crashes == {3}
+
+
 def test_a_lone_crash_of_the_last_row_ends_the_plan(store: Store) -> None:
     """An answered plan is never queued again."""
     job, worker = new_job(1), new_worker(store)

@@ -49,6 +49,7 @@ class Expected:
     cancel: bool = False
     away: set[str] = field(default_factory=set)
     alone: set[int] = field(default_factory=set)
+    limit: int | None = None
 
     def leave(self, state: str) -> str:
         """The holder is gone."""
@@ -138,6 +139,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert {row.row for row in work.rows} == plan.rows - plan.answered
         assert work.attempt == plan.attempt + 1
         assert work.lone_crashes == plan.alone
+        assert work.micro_batch_limit == plan.limit
         plan.state, plan.lease, plan.attempt = "leased", lease, work.attempt
         self.holds[lease] = (work.plan_id, node)
         assert self.store.leases.claimed(lease) == work
@@ -211,8 +213,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.last_words[lease] = "crash"
         if len(rows) == 1 and rows <= plan.alone:
             plan.answer(rows)
+            plan.limit = None
         elif len(rows) == 1:
             plan.alone |= rows
+        else:
+            plan.limit = max(1, min(len(rows), plan.limit or len(rows)) // 2)
         assert released == Released(state=plan.leave("succeeded" if plan.answered == plan.rows else "queued"))
         return None
 
