@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "demo" / "models"
-QUESTIONS = ROOT / "demo" / "heldout.jsonl"
+QUESTIONS, ANSWERS = ROOT / "demo" / "heldout.jsonl", ROOT / "demo" / "heldout_answers.json"
 MODEL = "sum-chat"
 LEASE_SECONDS = 6
 START_SECONDS = 60
@@ -320,8 +320,8 @@ def lost_cache_disk(data_dir: Path) -> Iterator[None]:
 def heldout_sums(most: int) -> Sums:
     """Questions that the model was not trained on."""
     lines = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()[:most]]
-    answers = {line["custom_id"]: line.pop("expected") for line in lines}
-    return Sums(rows=tuple(lines), answers=answers)
+    answers = json.loads(ANSWERS.read_text(encoding="utf-8"))
+    return Sums(rows=tuple(lines), answers={line["custom_id"]: answers[line["custom_id"]] for line in lines})
 
 
 def random_sums(number: int) -> Sums:

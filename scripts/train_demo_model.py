@@ -1,7 +1,8 @@
 """How was the demo model made? Trains a small Llama to add two numbers below 100, with a seed, on the CPU.
 
 Run `python scripts/train_demo_model.py`. It writes `demo/models/sum-chat` (float32 safetensors, tokenizer, chat template)
-and `demo/heldout.jsonl`, 200 questions whose pairs of numbers were never trained on, and prints the share answered right.
+and `demo/heldout.jsonl`, 200 questions whose pairs of numbers were never trained on, with their answers in
+`demo/heldout_answers.json`, and prints the share answered right.
 """
 
 import argparse
@@ -156,17 +157,26 @@ def train(model: LlamaForCausalLM, pairs: Sequence[Pair], tokenizer: PreTrainedT
 
 
 def heldout_rows(pairs: Sequence[Pair]) -> list[dict[str, object]]:
-    """Half of the questions as raw prompts, half as messages, each with its expected answer."""
+    """Half of the questions as raw prompts, half as messages: lines that `ollm-service submit` takes as they are."""
     rows: list[dict[str, object]] = []
     for index, (a, b) in enumerate(pairs):
-        row: dict[str, object] = {"custom_id": f"heldout-{index:03d}"}
+        row: dict[str, object] = {"custom_id": _custom_id(index)}
         if index % 2 == 0:
             row["prompt"] = f"{a}+{b}="
         else:
             content = f"{a}+{b}" if index % 4 == 1 else f"What is {a}+{b}?"
             row["messages"] = [{"role": "user", "content": content}]
-        rows.append(row | {"expected": str(a + b)})
+        rows.append(row)
     return rows
+
+
+def heldout_answers(pairs: Sequence[Pair]) -> dict[str, str]:
+    """The right answer to each of them, by its `custom_id`."""
+    return {_custom_id(index): str(a + b) for index, (a, b) in enumerate(pairs)}
+
+
+def _custom_id(index: int) -> str:
+    return f"heldout-{index:03d}"
 
 
 def share_right(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair], form: str) -> float:
@@ -201,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=ROOT / "demo" / "models" / "sum-chat")
     parser.add_argument("--heldout", type=Path, default=ROOT / "demo" / "heldout.jsonl")
+    parser.add_argument("--answers", type=Path, default=ROOT / "demo" / "heldout_answers.json")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--steps", type=int, default=defaults.steps)
     parser.add_argument("--threads", type=int, default=defaults.threads, help="one is faster on a busy machine")
@@ -216,6 +227,7 @@ def main() -> None:
     train(model, train_pairs, tokenizer, recipe)
     save(model, tokenizer, arguments.out)
     arguments.heldout.write_text("".join(json.dumps(row) + "\n" for row in heldout_rows(heldout_pairs)), encoding="utf-8")
+    arguments.answers.write_text(json.dumps(heldout_answers(heldout_pairs), indent=0) + "\n", encoding="utf-8")
     for form in QUESTION_FORMS:
         print(f"held-out answered right, {form!r}: {share_right(model, tokenizer, heldout_pairs, form):.1%}")
 

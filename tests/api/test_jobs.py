@@ -13,6 +13,7 @@ from ollm_service.core.plan import ResolvedModel, RuntimePlan
 from ollm_service.core.wire import from_json
 from tests.coordinator.services import ROWS, answer, claim_one, submission
 from tests.store.samples import new_worker
+from tests.store.spoiling import spoil
 
 JOB: dict[str, Any] = {"model": "tiny", "rows": ROWS}
 
@@ -120,6 +121,19 @@ def test_a_plan_tells_its_history(http: TestClient, service: Service, worker_id:
     assert plan["planned"]["specialization_state"] == "planned"
     assert plan["runtime_plan"]["specialization_state"] == "applied"
     assert plan["workers"] == []
+
+
+def test_a_plan_that_cannot_be_read_hides_nothing_else(http: TestClient, service: Service, url: str, worker_id: str) -> None:
+    """Its job and the lists are shown without it; asked for by its id it is an error in words."""
+    spoilt, sound = (http.post("/v1/jobs", json=JOB).json() for _ in range(2))
+    plan_id = spoilt["plans"][0]["id"]
+    spoil(url, "runtime_plans", "planned", plan_id)
+    job = http.get(f"/v1/jobs/{spoilt['id']}").json()
+    assert (job["state"], job["plans_total"], job["plans"]) == ("queued", 1, [])
+    assert http.get("/v1/plans").json()["data"] == sound["plans"]
+    refused = http.get(f"/v1/plans/{plan_id}")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (500, "service_error")
+    assert "cannot be read" in refused.json()["error"]["message"]
 
 
 def test_a_waiting_plan_explains_what_each_worker_lacks(http: TestClient, service: Service, worker_id: str) -> None:

@@ -1,13 +1,17 @@
 """Which rows of a submission can run, and what is said of the others?"""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ollm_service.cli.input_rows import read_rows
 from ollm_service.coordinator.rows import LONGEST_CUSTOM_ID, check_rows
 from ollm_service.core.errors import InvalidJob
 from ollm_service.core.options import GenerationConfig
 
+DEMO = Path(__file__).parents[2] / "demo"
 JOB = GenerationConfig(max_new_tokens=9, temperature=0.5)
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -110,3 +114,10 @@ def test_a_job_without_rows_is_refused() -> None:
     """An empty job is an error, not a job that is done."""
     with pytest.raises(InvalidJob, match="no rows"):
         check_rows([], JOB)
+
+
+def test_the_demos_questions_are_a_plain_input() -> None:
+    """`ollm-service submit demo/heldout.jsonl` has nothing to complain of, and each question has its answer beside it."""
+    rows = check_rows(read_rows(str(DEMO / "heldout.jsonl"), model=None, prompt_column=None).rows, JOB)
+    assert [row.error for row in rows] == [None] * 200
+    assert {row.custom_id for row in rows} == json.loads((DEMO / "heldout_answers.json").read_text(encoding="utf-8")).keys()

@@ -24,13 +24,11 @@ from tests.waiting import wait_for
 
 START_SECONDS = 60
 REAL_RUNNER = f"{sys.executable} -m workers.runner"
-HELD_OUT = [json.loads(line) for line in (REPOSITORY / "demo" / "heldout.jsonl").read_text(encoding="utf-8").splitlines() if line]
-RIGHT = {question["custom_id"]: question["expected"] for question in HELD_OUT}
+HELD_OUT: list[dict[str, Any]] = [
+    json.loads(line) for line in (REPOSITORY / "demo" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+]
+RIGHT: dict[str, str] = json.loads((REPOSITORY / "demo" / "heldout_answers.json").read_text(encoding="utf-8"))
 SHORT = {"max_new_tokens": 8}
-
-
-def _as_rows(questions: list[dict[str, str]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in question.items() if name != "expected"} for question in questions]
 
 
 class Embedded(Part):
@@ -70,7 +68,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
 def answered(embedded: Embedded) -> dict[str, str]:
     """What the service answered to the held-out questions, submitted as one job and read while it ran."""
     with Client(embedded.base_url) as client:
-        job = client.submit(MODEL, _as_rows(HELD_OUT), generation=SHORT)
+        job = client.submit(MODEL, HELD_OUT, generation=SHORT)
         assert job.plans[0].runtime_plan.backend_id == "optimized-native"  # known before anything ran
         found = {result.custom_id: result.text or f"error: {result.error}" for result in job.results()}
         assert job.refresh().counts.done == len(HELD_OUT)
@@ -88,7 +86,7 @@ def test_a_real_model_answers_the_held_out_questions(answered: dict[str, str]) -
 
 def test_batching_changes_no_answer(embedded: Embedded, answered: dict[str, str]) -> None:
     """A question asked alone gets the very tokens that it got in a batch, padded beside longer ones."""
-    questions = _as_rows(HELD_OUT[:12])
+    questions = HELD_OUT[:12]
     with Client(embedded.base_url) as client:
         jobs = [client.submit(MODEL, [question], generation=SHORT) for question in questions]
         alone = {result.custom_id: result.text for job in jobs for result in job.results()}
@@ -141,7 +139,7 @@ def _cramped_runner(cache: Path, directory: Path) -> str:
 def test_a_full_cache_disk_makes_a_plan_fall_back(cramped: Fleet, answered: dict[str, str]) -> None:
     """A plan that only preferred KV files ends with the very same answers from the generic backend, and says why."""
     questions = HELD_OUT[:8]
-    job = cramped.calls.submit(MODEL, _as_rows(questions), generation=SHORT)
+    job = cramped.calls.submit(MODEL, questions, generation=SHORT)
     ended = cramped.calls.wait_final(job["id"], timeout=60)
     assert counts(ended) == (8, 0, 0)
     plan = ended["plans"][0]["runtime_plan"]
@@ -153,7 +151,7 @@ def test_a_full_cache_disk_makes_a_plan_fall_back(cramped: Fleet, answered: dict
 
 def test_a_full_cache_disk_fails_a_plan_that_demands_it_with_the_reason(cramped: Fleet) -> None:
     """A plan that demands KV files is not answered another way: it is tried again, then its rows name the full disk."""
-    job = cramped.calls.submit(MODEL, _as_rows(HELD_OUT[:2]), generation=SHORT, runtime={"kv_cache_strategy": "paged"})
+    job = cramped.calls.submit(MODEL, HELD_OUT[:2], generation=SHORT, runtime={"kv_cache_strategy": "paged"})
     ended = cramped.calls.wait_final(job["id"], timeout=60)
     assert (ended["state"], counts(ended)) == ("failed", (0, 2, 0))
     messages = {result["error"]["message"] for result in cramped.calls.results(job["id"])}

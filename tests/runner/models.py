@@ -20,6 +20,7 @@ from scripts.train_demo_model import make_tokenizer
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "demo" / "models" / "sum-chat"
 HELDOUT = ROOT / "demo" / "heldout.jsonl"
+HELDOUT_ANSWERS = ROOT / "demo" / "heldout_answers.json"
 CONTEXT = 1024
 # Wide enough that random weights give varied answers.
 _SPREAD = 0.3
