@@ -35,6 +35,8 @@ from ollm_service.core.profile import ModelProfile
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 SINGLE_WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
+# With it and peft, transformers loads an adapter on top, or another model that the file names.
+ADAPTER_CONFIG = "adapter_config.json"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # What decides an answer besides the weights; all of it goes into a model's digest.
 _ANSWER_FILES = (
@@ -220,6 +222,11 @@ def _read_model(folder: _Folder, digests: DigestCache, is_stopped: Callable[[], 
     if "\\" in folder.path.as_posix():
         raise BrokenCheckpoint("its name is not plain text")
     files = _safe_files(folder)
+    if any(name.lower() == ADAPTER_CONFIG for name in files):
+        raise BrokenCheckpoint(
+            f"it holds an adapter ({ADAPTER_CONFIG}): where peft is installed, weights that were not inspected would be loaded; "
+            "merge the adapter into its model"
+        )
     if "config.json" not in files:
         raise BrokenCheckpoint("it has no config.json; each model is one folder directly in the models folder")
     config = parse_object(_read(files["config.json"], _LONGEST_CONFIG), "config.json")

@@ -239,6 +239,11 @@ def listen(folder: Path) -> None:
         os.chdir(here)
 
 
+def turn_into_an_adapter(folder: Path) -> None:
+    """Leave what peft saves: no model's configuration, but the name of one."""
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
 @pytest.mark.parametrize(
     ("breaker", "reason"),
     [
@@ -283,6 +288,9 @@ def listen(folder: Path) -> None:
         (header(tensor(), b""), "holds 0 bytes of tensors, its header says 4"),
         (configured(auto_map={"AutoModel": "evil.Model"}, architectures=["EvilForCausalLM"]), "needs remote code"),
         (configured(auto_map={"AutoModel": "evil.Model"}, architectures=[]), "needs remote code"),
+        (add("adapter_config.json", b'{"base_model_name_or_path": "/elsewhere"}'), "holds an adapter"),
+        (add("Adapter_Config.json", b""), "holds an adapter"),
+        (turn_into_an_adapter, "merge the adapter into its model"),
     ],
 )
 def test_an_unsafe_or_broken_folder_is_reported_with_its_reason(root: Path, breaker: Breaker, reason: str) -> None:
@@ -327,6 +335,12 @@ def test_a_tokenizer_that_is_a_program_is_refused(root: Path) -> None:
 def test_code_that_comes_along_is_ignored_where_transformers_has_its_own(root: Path) -> None:
     """An `auto_map` beside a native architecture does no harm: remote code stays off."""
     make_model(root / "model", {**TINY_LLAMA, "auto_map": {"AutoModel": "theirs.Model"}})
+    assert inspect_one(root).is_usable
+
+
+def test_an_adapter_in_a_subfolder_is_nobodys_business(root: Path) -> None:
+    """Nothing looks for one there."""
+    add("original/adapter_config.json", b"{}")(make_model(root / "model"))
     assert inspect_one(root).is_usable
 
 
