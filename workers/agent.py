@@ -91,7 +91,7 @@ class Agent:
         self._leases: dict[str, tuple[Lease, Slot]] = {}
         self._leases_lock = threading.Lock()
         self._capabilities: Capabilities | None = None
-        self._models: object = None
+        self._seen: object = None  # the models and the devices' speed as of the last look
         self._classes: frozenset[str] = frozenset()
         self._models_of: dict[str, str | None] = {}  # the digest that each class names
         self._seen_seq = 0
@@ -215,12 +215,12 @@ class Agent:
 
     def _look_around(self, now: float) -> None:
         """See whether the models or the machine have changed, and say so to the store."""
-        models = self._shelf.models
-        if now >= self._schedule.probe_at or models is not self._models:
+        seen = (self._shelf.models, self._inventory.speed)
+        if now >= self._schedule.probe_at or seen != self._seen:
             self._schedule.probed(now)
             if self._inventory.look() != self._capabilities:
                 self._register()
-            self._models = models
+            self._seen = seen
 
     def _register(self) -> None:
         capabilities = self._inventory.look()

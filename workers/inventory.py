@@ -4,7 +4,8 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from ollm_service.core.capabilities import Capabilities, LiveState
+from ollm_service.core.capabilities import Capabilities, Device, LiveState
+from ollm_service.core.wire import Speed
 from workers.cache_folder import NoCacheFolder, take_folder
 from workers.model_shelf import ModelShelf
 from workers.probe import Probe
@@ -23,7 +24,13 @@ class Inventory:
     def look(self) -> Capabilities:
         """What the worker can do now."""
         no_cache_because = self._take_cache_folders()
-        return self._probe.capabilities(self._shelf.models, self._cache_folders(), no_cache_because)
+        found = self._probe.capabilities(self._shelf.models, self._cache_folders(), no_cache_because)
+        return replace(found, devices=tuple(self._with_speed(device) for device in found.devices))
+
+    @property
+    def speed(self) -> Speed | None:
+        """What a runner has measured of the devices, the first of them so that it does not change with every start."""
+        return next((slot.runner.speed for slot in self._slots.all if slot.runner.speed is not None), None)
 
     def free_to_fleet(self) -> LiveState:
         """What the fleet is told: the runners of free slots count as free."""
@@ -41,6 +48,11 @@ class Inventory:
                 still_to_come = max(0, size - self._probe.held_by(other.runner.pid, device_id))
                 free[device_id] = max(0, free.get(device_id, 0) - still_to_come)
         return replace(live, device_free_bytes=free, host_free_bytes=free.get("cpu", live.host_free_bytes))
+
+    def _with_speed(self, device: Device) -> Device:
+        speed = self.speed
+        measured = speed.devices.get(device.device_id) if speed else None
+        return replace(device, memory_rate=measured.memory_rate, arithmetic=measured.arithmetic) if measured else device
 
     def _live(self, slots: Collection[Slot], warm_model: str | None) -> LiveState:
         runners = {pid: slot.last_promise for slot in slots if (pid := slot.runner.pid) is not None}

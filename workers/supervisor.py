@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ollm_service.core.wire import LENGTH_BYTES, LONGEST_FRAME, Message, decode_message, encode_message
+from ollm_service.core.wire import LENGTH_BYTES, LONGEST_FRAME, Message, Speed, decode_message, encode_message
 
 DEFAULT_COMMAND = (sys.executable, "-m", "workers.runner")
 TAIL_LINES = 40
@@ -88,6 +88,7 @@ class RunnerProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._inbox: queue.SimpleQueue[Message | Died] = queue.SimpleQueue()
+        self.speed: Speed | None = None  # as the latest runner that told it has measured it
         self._sending = threading.Lock()
         self._we_killed_it = False
 
@@ -204,7 +205,10 @@ class RunnerProcess:
         broken = None
         try:
             while (message := _read_message(connection)) is not None:
-                inbox.put(message)
+                if isinstance(message, Speed):
+                    self.speed = message
+                else:
+                    inbox.put(message)
         except (OSError, ValueError, RecursionError) as error:
             broken = f"it sent something that is no message ({type(error).__name__})"
         try:

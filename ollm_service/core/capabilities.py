@@ -9,13 +9,19 @@ from ollm_service.core.profile import ModelProfile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One place where a model can run. `device_id` is torch's name: `cpu`, `cuda:0`, `mps`. Memory in bytes."""
+    """One place where a model can run. `device_id` is torch's name: `cpu`, `cuda:0`, `mps`. Memory in bytes.
+
+    `memory_rate` is in bytes per second and `arithmetic` in floating-point operations per second by element type, as probed by
+    the worker's runner once it was up.
+    """
 
     device_id: str
     name: str
     memory_bytes: int
     compute_capability: str | None = None
     dtypes: tuple[str, ...] = ()
+    memory_rate: float | None = None
+    arithmetic: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:

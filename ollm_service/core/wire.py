@@ -62,6 +62,21 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSpeed:
+    """Bytes per second that a device reads from its memory, and floating-point operations per second by element type."""
+
+    memory_rate: float
+    arithmetic: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Runner: how fast its devices are, by torch's names; once, after its libraries are imported."""
+
+    devices: Mapping[str, DeviceSpeed]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
     """Runner: the model is in memory; the seconds that it took, zero where it was warm."""
 
@@ -129,6 +144,7 @@ Message = (
     Execute
     | Stop
     | Hello
+    | Speed
     | Loaded
     | BatchStarted
     | Progress

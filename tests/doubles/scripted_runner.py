@@ -41,6 +41,7 @@ from ollm_service.core.wire import (
     AttemptFailed,
     BatchDone,
     BatchStarted,
+    DeviceSpeed,
     Execute,
     Finished,
     Hello,
@@ -48,6 +49,7 @@ from ollm_service.core.wire import (
     Message,
     Progress,
     SpecializationFailed,
+    Speed,
     Stop,
     Stopped,
     decode_message,
@@ -55,6 +57,7 @@ from ollm_service.core.wire import (
 )
 
 STEP_SECONDS = 0.02
+SPEED = DeviceSpeed(memory_rate=2e9, arithmetic={"float32": 3e9})
 
 
 class Told(Exception):
@@ -79,6 +82,7 @@ class ScriptedRunner:
         """Answer every Execute; returns when the worker is gone."""
         threading.Thread(target=self._listen, daemon=True).start()
         self._say(Hello(pid=os.getpid(), versions={"scripted": "1"}))
+        self._say(Speed(devices={"cpu": SPEED}))
         while (order := self._inbox.get()) is not None:
             try:
                 self._execute(order)

@@ -37,6 +37,7 @@ from ollm_service.core.wire import (
     AttemptFailed,
     BatchDone,
     BatchStarted,
+    DeviceSpeed,
     Execute,
     Finished,
     Hello,
@@ -44,6 +45,7 @@ from ollm_service.core.wire import (
     Message,
     Progress,
     SpecializationFailed,
+    Speed,
     Stop,
     Stopped,
 )
@@ -220,6 +222,8 @@ devices = st.builds(
     memory_bytes=st.integers(0, 64 * GIB),
     compute_capability=maybe_texts,
     dtypes=st.lists(st.sampled_from(DTYPES), unique=True).map(tuple),
+    memory_rate=maybe(ratios),
+    arithmetic=st.dictionaries(st.sampled_from(DTYPES), ratios),
 )
 
 
@@ -315,6 +319,7 @@ measurements = st.dictionaries(names, ratios, max_size=3)
 row_numbers = st.lists(counts, max_size=5).map(tuple)
 reports = st.builds(AttemptReport, runtime_plan=runtime_plans(), placement=json_objects, measured=json_objects)
 
+device_speeds = st.builds(DeviceSpeed, memory_rate=ratios, arithmetic=measurements)
 messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(
         Execute,
@@ -330,6 +335,8 @@ messages: st.SearchStrategy[Message] = st.one_of(
     ),
     st.builds(Stop),
     st.builds(Hello, pid=counts, versions=details),
+    st.builds(Speed, devices=st.dictionaries(texts, device_speeds, max_size=2)),
+    st.builds(Speed, devices=st.dictionaries(texts, device_speeds, max_size=2)),
     st.builds(Loaded, seconds=ratios, was_warm=st.booleans()),
     st.builds(BatchStarted, rows=row_numbers),
     st.builds(Progress, stage=texts, tokens=counts),

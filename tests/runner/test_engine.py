@@ -52,6 +52,10 @@ def test_measured_counts_add_up(engine: Engine, llama: Path) -> None:
     assert (measured["micro_batches"], measured["largest_micro_batch"]) == (3, 2)
     assert measured["peak_host_bytes"] > 50_000_000
     assert measured["tokens_per_second"] > 0
+    # The first token of a row comes with its prompt, each further one with a pass of its own; nothing is padded here.
+    assert measured["prefill_tokens"] == measured["prompt_tokens"]
+    assert measured["decode_tokens"] >= measured["completion_tokens"] - len(results)
+    assert 0 < measured["decode_seconds"] < measured["generate_seconds"]
 
 
 def test_a_stop_ends_the_plan_between_steps(engine: Engine, llama: Path) -> None:

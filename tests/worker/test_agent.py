@@ -10,6 +10,7 @@ import pytest
 from ollm_service.core.lifecycle import ExecutionState as State
 from ollm_service.core.options import RuntimeConfig
 from ollm_service.core.plan import PassId, SpecializationState
+from tests.doubles.scripted_runner import SPEED
 from tests.servers import PostgresServer
 from tests.store.crowd import multiply_workers
 from tests.store.samples import new_worker
@@ -332,6 +333,17 @@ def test_without_a_cache_directory_there_is_no_disk_cache(place: Place, tmp_path
         assert "no writable cache directory" in (worker.capabilities.passes[PassId.DISK_CACHE] or "")
         assert place.detail(demanding).plan.state == State.QUEUED
     assert place.texts(easy) == {0: "B"}
+
+
+def test_what_the_runner_measures_of_the_devices_is_offered(place: Place) -> None:
+    """The fleet hears how fast a worker's devices are as soon as its runner has told."""
+    with place.agent():
+        cpu = wait_for(
+            lambda: next((found for found in place.store.fleet.workers()[0].capabilities.devices if found.memory_rate), None),
+            timeout=SECONDS,
+            what="the speed of the CPU",
+        )
+    assert (cpu.memory_rate, cpu.arithmetic) == (SPEED.memory_rate, SPEED.arithmetic)
 
 
 def test_models_come_and_go(place: Place) -> None:

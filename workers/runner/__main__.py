@@ -13,7 +13,7 @@ from threading import Event
 from types import FrameType
 from typing import NoReturn, Protocol
 
-from ollm_service.core.wire import AttemptFailed, Execute, Hello, Progress
+from ollm_service.core.wire import AttemptFailed, Execute, Hello, Progress, Speed
 from workers.runner.channel import Channel, Inbox
 from workers.runner.progress import Report
 
@@ -36,6 +36,12 @@ def load_engine() -> Executes:
     return engine
 
 
+def measure_speed() -> Speed:
+    """How fast the devices are; imports torch, too."""
+    speed: Speed = importlib.import_module("workers.runner.speed").measure_speed()
+    return speed
+
+
 def main(arguments: Sequence[str], make_engine: Callable[[], Executes] = load_engine) -> NoReturn:
     """Run until the socket ends."""
     parser = argparse.ArgumentParser(prog="python -m workers.runner", description=__doc__)
@@ -46,6 +52,7 @@ def main(arguments: Sequence[str], make_engine: Callable[[], Executes] = load_en
     channel.send(Hello(pid=os.getpid(), versions={name: version(name) for name in ("torch", "transformers")}))
     channel.send(Progress(stage="importing"))
     engine = make_engine()
+    channel.send(measure_speed())
 
     def end() -> None:
         engine.abandon()

@@ -111,7 +111,7 @@ class Attempt:
         batch = batches.take()
         self.report(BatchStarted(rows=tuple(row.row for row in batch)))
         try:
-            results = [answer.result() for answer in generate(model, batch, self.pulse)]
+            results = [answer.result() for answer in generate(model, batch, self.pulse, self.measurements)]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

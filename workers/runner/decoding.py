@@ -3,6 +3,7 @@
 B rows, P tokens of the longest prompt, T positions so far, V vocabulary.
 """
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from workers.runner.answers import Answer
 from workers.runner.batching import choice_of
+from workers.runner.measurements import Measurements
 from workers.runner.model import LoadedModel
 from workers.runner.progress import Pulse
 from workers.runner.prompts import EncodedRow
@@ -17,7 +19,7 @@ from workers.runner.sampling import choose_tokens
 
 
 @torch.inference_mode()
-def generate(model: LoadedModel, rows: Sequence[EncodedRow], pulse: Pulse) -> list[Answer]:
+def generate(model: LoadedModel, rows: Sequence[EncodedRow], pulse: Pulse, measurements: Measurements) -> list[Answer]:
     """Answer the rows, which share one way of choosing tokens. Raises StopRequested between steps."""
     answers = [Answer(row, model.tokenizer, model.end_tokens) for row in rows]
     choice = choice_of(rows[0].generation)
@@ -27,8 +29,11 @@ def generate(model: LoadedModel, rows: Sequence[EncodedRow], pulse: Pulse) -> li
     with model.open_cache() as cache:
         while True:
             pulse()
+            began = time.monotonic()
             logits_BV = model.next_logits(tokens_BL, mask_BT, positions_BL, cache)
             _accept(running, logits_BV, choose_tokens(logits_BV, choice, [answer.generator for answer in running]))
+            # The tokens were read, so that the device is done.
+            measurements.count_pass(tokens_BL.shape, time.monotonic() - began)
             kept = [index for index, answer in enumerate(running) if not answer.is_complete]
             pulse.tokens += len(running)
             if not kept:

@@ -19,6 +19,8 @@ class Measurements:
         self._started = time.monotonic()
         self._prompt_tokens = 0
         self._completion_tokens = 0
+        self._prefill_tokens = self._decode_tokens = self._decode_passes = 0
+        self._prefill_seconds = self._decode_seconds = 0.0
         self._micro_batches = 0
         self._largest_micro_batch = 0
         reset_peak_host_bytes()
@@ -37,8 +39,22 @@ class Measurements:
         self._prompt_tokens += sum(result.prompt_tokens for result in results)
         self._completion_tokens += sum(result.completion_tokens for result in results)
 
+    def count_pass(self, shape: Sequence[int], seconds: float) -> None:
+        """Count a forward pass over `shape` = (rows, new positions): prompts, or one token of each row."""
+        rows, positions = shape
+        if positions > 1:
+            self._prefill_tokens += rows * positions
+            self._prefill_seconds += seconds
+        else:
+            self._decode_tokens += rows
+            self._decode_seconds += seconds
+            self._decode_passes += 1
+
     def as_dict(self) -> dict[str, float]:
-        """Everything so far. `tokens_per_second` is generated tokens per second since generation started."""
+        """Everything so far. `tokens_per_second` is generated tokens per second since generation started.
+
+        `prefill_tokens` are positions with their padding, `decode_tokens` those of rows that were still running.
+        """
         seconds = max(time.monotonic() - self._started, 1e-9)
         measured = {
             "load_seconds": self.load_seconds,
@@ -46,6 +62,11 @@ class Measurements:
             "prompt_tokens": float(self._prompt_tokens),
             "completion_tokens": float(self._completion_tokens),
             "tokens_per_second": self._completion_tokens / seconds,
+            "prefill_tokens": float(self._prefill_tokens),
+            "prefill_seconds": self._prefill_seconds,
+            "decode_tokens": float(self._decode_tokens),
+            "decode_seconds": self._decode_seconds,
+            "decode_passes": float(self._decode_passes),
             "micro_batches": float(self._micro_batches),
             "largest_micro_batch": float(self._largest_micro_batch),
             "memory_halvings": float(self.halvings),
