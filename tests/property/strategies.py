@@ -336,7 +336,6 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Stop),
     st.builds(Hello, pid=counts, versions=details),
     st.builds(Speed, devices=st.dictionaries(texts, device_speeds, max_size=2)),
-    st.builds(Speed, devices=st.dictionaries(texts, device_speeds, max_size=2)),
     st.builds(Loaded, seconds=ratios, was_warm=st.booleans()),
     st.builds(BatchStarted, rows=row_numbers),
     st.builds(Progress, stage=texts, tokens=counts),
