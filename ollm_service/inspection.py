@@ -22,7 +22,6 @@ from typing import Any, BinaryIO
 from ollm_service.core.checkpoint import (
     LENGTH_BYTES,
     BrokenCheckpoint,
-    Tensor,
     header_length,
     parse_header,
     parse_object,
@@ -31,6 +30,7 @@ from ollm_service.core.checkpoint import (
 )
 from ollm_service.core.errors import MisconfiguredService, printable
 from ollm_service.core.profile import ModelProfile
+from ollm_service.core.tensors import Tensor
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 SINGLE_WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"

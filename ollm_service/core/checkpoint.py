@@ -4,64 +4,27 @@ Facts that the configuration leaves out are taken from the tensors' shapes; wher
 """
 
 import json
-import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import PurePosixPath
-from types import MappingProxyType
 from typing import Any, TypeGuard
 
 from ollm_service.core.architectures import NATIVE_ARCHITECTURES
+from ollm_service.core.model_config import ModelConfig
 from ollm_service.core.plan import GenericModelKind, ModelModality
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.providers import family_of
+from ollm_service.core.row_state import row_state
+from ollm_service.core.tensors import BITS, Tensor
+from ollm_service.core.weights import weigh
 
 LENGTH_BYTES = 8
 LONGEST_HEADER = 16 * 1024**2
-# More than any model in use keeps per token; for a model whose shape cannot be read.
-UNKNOWN_KV_BYTES_PER_TOKEN = 1024**2
-_LARGEST_FACT = 2**40
 _MOST_DIMENSIONS = 16
-_BITS: Mapping[str, int] = MappingProxyType(
-    {
-        "F4": 4,
-        **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-        **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-        **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-        **dict.fromkeys(("U32", "I32", "F32"), 32),
-        **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-    }
-)
-_DTYPES: Mapping[str, str] = MappingProxyType({"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"})
-_ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2})
-_NESTED_TEXT = ("text_config", "llm_config", "language_config", "decoder")
-_TOWERS = ("vision", "visual", "audio", "encoder.")
 _SPEECH_KEYS = ("num_mel_bins", "input_feat_per_channel")
 
 
 class BrokenCheckpoint(ValueError):
     """The configuration or a weight file's header cannot be trusted; the message says why, for the model's owner."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tensor:
-    """One tensor as a safetensors header declares it; its bytes have been checked to lie in the file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def element_count(self) -> int:
-        """How many numbers it holds."""
-        return math.prod(self.shape)
-
-    def loaded_bytes(self, dtype: str | None) -> int:
-        """Its size in memory: floating-point weights are cast to the model's dtype, packed and quantized ones stay."""
-        cast = _ELEMENT_BYTES.get(dtype or "") if self.dtype in _DTYPES else None
-        bits = 8 * cast if cast else _BITS[self.dtype]
-        return -(-self.element_count * bits // 8)
 
 
 def parse_object(text: bytes, what: str) -> dict[str, Any]:
@@ -134,33 +97,44 @@ def profile_of(
 
     Raises BrokenCheckpoint where only code that comes with the model could load it.
     """
-    architecture = _architecture(config)
+    facts = ModelConfig.read(config)
+    architecture = facts.architecture
     if config.get("auto_map") and architecture not in NATIVE_ARCHITECTURES:
         raise BrokenCheckpoint(f"it needs remote code: transformers has no {architecture or 'such architecture'} of its own")
     kind, modalities = _kind_and_modalities(config, architecture, has_processor=has_processor)
-    text = _text_config(config)
-    dtype = _dtype(config, text, tensors)
-    model_type = config.get("model_type")
+    dtype = facts.dtype(tensors)
+    weights = weigh(tensors, facts, dtype)
+    kept = row_state(facts, weights.layer_tensors, dtype)
     return ModelProfile(
         name=name,
         path=path,
         digest=digest,
         architecture=architecture,
-        model_type=model_type if isinstance(model_type, str) else None,
+        model_type=facts.model_type,
         family=family_of(architecture),
         kind=kind,
         modalities=modalities,
         requires_processor=kind is GenericModelKind.IMAGE_TEXT_TO_TEXT or ModelModality.AUDIO in modalities,
         dtype=dtype,
-        weight_bytes=sum(tensor.loaded_bytes(dtype) for tensor in tensors),
-        parameter_count=sum(tensor.element_count for tensor in tensors),
-        layer_count=_layers(text),
-        hidden_size=_hidden(text),
-        intermediate_size=_intermediate(text),
-        vocabulary_size=_fact(text, "vocab_size") or _embedding_rows(tensors),
-        attention_heads=_heads(text),
-        kv_bytes_per_token=_kv_bytes_per_token(text, tensors, dtype),
-        max_context_tokens=_fact(text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx") or None,
+        weight_bytes=weights.total,
+        parameter_count=weights.parameter_count,
+        layer_count=facts.layer_count or len(weights.layers),
+        hidden_size=facts.hidden_size,
+        intermediate_size=facts.intermediate_size,
+        vocabulary_size=facts.fact("vocab_size") or _embedding_rows(tensors),
+        attention_heads=facts.heads,
+        layer_bytes=weights.layers,
+        embedding_bytes=weights.embedding,
+        head_bytes=weights.head,
+        expert_bytes=weights.experts,
+        expert_count=facts.expert_count if weights.experts else 0,
+        experts_per_token=facts.experts_per_token if weights.experts else 0,
+        kv_bytes_per_token=kept.full_per_token,
+        sliding_kv_bytes_per_token=kept.sliding_per_token,
+        sliding_window=kept.window,
+        state_bytes_per_row=kept.per_row,
+        cross_kv_bytes_per_token=kept.cross_per_token,
+        max_context_tokens=facts.context_tokens,
         has_chat_template=has_chat_template,
     )
 
@@ -170,10 +144,10 @@ def _read_entry(name: str, entry: Any, what: str) -> tuple[Tensor, tuple[int, in
     if not isinstance(entry, dict):
         raise problem
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in _BITS or not _are_sizes(shape) or not _are_sizes(span):
+    if not isinstance(dtype, str) or dtype not in BITS or not _are_sizes(shape) or not _are_sizes(span):
         raise problem
     tensor = Tensor(name=name, dtype=dtype, shape=tuple(shape))
-    if len(span) != 2 or (span[1] - span[0]) * 8 != tensor.element_count * _BITS[dtype]:
+    if len(span) != 2 or (span[1] - span[0]) * 8 != tensor.element_count * BITS[dtype]:
         raise problem
     return tensor, (span[0], span[1])
 
@@ -182,12 +156,6 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS:
         return False
     return all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**63 for item in value)
-
-
-def _architecture(config: Mapping[str, Any]) -> str | None:
-    names = config.get("architectures")
-    first = names[0] if isinstance(names, list) and names else None
-    return first if isinstance(first, str) and first.isidentifier() and len(first) <= 128 else None
 
 
 def _kind_and_modalities(
@@ -206,73 +174,6 @@ def _kind_and_modalities(
     if name.endswith("ForConditionalGeneration") and (sees or (has_processor and not hears)):
         return GenericModelKind.IMAGE_TEXT_TO_TEXT, modalities
     return None, modalities
-
-
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of the configuration that describes the language model."""
-    nested = next((config[key] for key in _NESTED_TEXT if isinstance(config.get(key), dict)), None)
-    return config if nested is None else nested
-
-
-def _fact(config: Mapping[str, Any], *names: str) -> int:
-    """The first of these that is a sensible positive whole number, else 0."""
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _LARGEST_FACT:
-            return value
-    return 0
-
-
-def _layers(text: Mapping[str, Any]) -> int:
-    return _fact(text, "num_hidden_layers", "n_layer", "n_layers", "num_decoder_layers", "decoder_layers", "num_layers")
-
-
-def _hidden(text: Mapping[str, Any]) -> int:
-    return _fact(text, "hidden_size", "n_embd", "d_model", "dim")
-
-
-def _heads(text: Mapping[str, Any]) -> int:
-    return _fact(text, "num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "num_heads")
-
-
-def _intermediate(text: Mapping[str, Any]) -> int:
-    routed = _fact(text, "moe_intermediate_size") * max(1, _fact(text, "num_experts_per_tok"))
-    dense = _fact(text, "intermediate_size", "ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim", "ffn_hidden_size")
-    return max(dense, routed) or 4 * _hidden(text)
-
-
-def _dtype(config: Mapping[str, Any], text: Mapping[str, Any], tensors: Iterable[Tensor]) -> str | None:
-    for source in (config, text):
-        for key in ("dtype", "torch_dtype"):
-            value = source.get(key)
-            if isinstance(value, str) and value.removeprefix("torch.") in _ELEMENT_BYTES:
-                return value.removeprefix("torch.")
-    counts: Counter[str] = Counter()
-    for tensor in tensors:
-        if tensor.dtype in _DTYPES:
-            counts[_DTYPES[tensor.dtype]] += tensor.element_count
-    return max(counts, key=lambda dtype: (counts[dtype], dtype), default=None)
-
-
-def _kv_bytes_per_token(text: Mapping[str, Any], tensors: Iterable[Tensor], dtype: str | None) -> int:
-    """2 · layers · key-value heads · head dimension · bytes of an element, or what the projections' shapes give, if more.
-
-    Every layer counts as full attention, and latent attention by the keys and values that it expands to.
-    """
-    heads = _heads(text)
-    kv_heads = _fact(text, "num_key_value_heads", "num_kv_heads", "n_kv_heads") or heads
-    latent = _fact(text, "qk_nope_head_dim") + _fact(text, "qk_rope_head_dim") + _fact(text, "v_head_dim")
-    head_dim = _fact(text, "head_dim", "d_kv") or (-(-_hidden(text) // heads) if heads else 0)
-    configured = _layers(text) * max(2 * kv_heads * head_dim, heads * latent)
-    projected = sum(
-        tensor.shape[0]
-        for tensor in tensors
-        if tensor.name.endswith((".k_proj.weight", ".v_proj.weight"))
-        and len(tensor.shape) == 2
-        and not any(tower in tensor.name for tower in _TOWERS)
-    )
-    width = max(configured, projected) or 2 * _layers(text) * _hidden(text)
-    return width * _ELEMENT_BYTES.get(dtype or "", 4) or UNKNOWN_KV_BYTES_PER_TOKEN
 
 
 def _embedding_rows(tensors: Iterable[Tensor]) -> int:
