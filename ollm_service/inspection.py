@@ -29,10 +29,10 @@ from ollm_service.core.checkpoint import (
     shard_names,
 )
 from ollm_service.core.errors import MisconfiguredService, printable
+from ollm_service.core.gds_export import EXPORT_FOLDER, EXPORT_MANIFEST, PICKLE_SUFFIXES, export_problem
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.tensors import Tensor
 
-PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 SINGLE_WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 # With it and peft, transformers loads an adapter on top, or another model that the file names.
@@ -248,7 +248,21 @@ def _read_model(folder: _Folder, digests: DigestCache, is_stopped: Callable[[], 
         has_processor=any(name in files for name in PROCESSOR_FILES),
         has_chat_template=bool(tokenizer_config.get("chat_template")) or "chat_template.jinja" in files,
     )
-    return replace(profile, digest=_digest(files, weights, digests, is_stopped))
+    problem = _export_problem(files)
+    has_export = problem is None and EXPORT_MANIFEST in files
+    export = [name for name in files if has_export and name.startswith(f"{EXPORT_FOLDER}/")]
+    digest = _digest(files, (*weights, *export), digests, is_stopped)
+    return replace(profile, digest=digest, has_gds_export=has_export, gds_export_problem=problem)
+
+
+def _export_problem(files: Mapping[str, Path]) -> str | None:
+    """Why the folder's raw export, if it has one, cannot be used; the model itself may still be."""
+    if EXPORT_MANIFEST not in files:
+        return None
+    try:
+        return export_problem(parse_object(_read(files[EXPORT_MANIFEST], _LONGEST_INDEX), EXPORT_MANIFEST), files)
+    except BrokenCheckpoint as error:
+        return str(error)
 
 
 def _safe_files(folder: _Folder) -> dict[str, Path]:
@@ -312,7 +326,7 @@ def _headers(files: Mapping[str, Path]) -> dict[str, tuple[Tensor, ...]]:
 
 
 def _digest(files: Mapping[str, Path], weights: tuple[str, ...], digests: DigestCache, is_stopped: Callable[[], bool]) -> str:
-    """sha256 over the names and digests of all that decides an answer: weights, configuration, tokenizer, chat template."""
+    """sha256 over the names and digests of all that decides an answer: weights, an export of them, configuration, tokenizer."""
     names = sorted({*weights, *(name for name in _ANSWER_FILES if name in files)})
     lines = [f"{name} {digests.digest(files[name], is_stopped)}\n" for name in names]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -12,7 +12,8 @@ class ModelProfile:
 
     Sizes are in bytes, lengths in tokens. `digest` is the sha256 over weights, configuration, tokenizer and chat template: equal
     digests are equal models. `refs` are the branches and tags that name `revision`, as far as the folder knows.
-    `unsafe_because` says why the folder is refused; such a model is never planned.
+    `unsafe_because` says why the folder is refused; such a model is never planned. `has_gds_export`: there is a raw export of
+    its weights that may be read; `gds_export_problem` says why one that is there may not.
 
     Weights, as loaded in `dtype`: `weight_bytes` all of them; `layer_bytes` each decoder layer, routed experts included, empty
     where the layers cannot be told apart; `embedding_bytes` the input embeddings, positions among them; `head_bytes` the output
@@ -54,6 +55,7 @@ class ModelProfile:
     max_context_tokens: int | None = None
     has_chat_template: bool = False
     has_gds_export: bool = False
+    gds_export_problem: str | None = None
     repo_id: str | None = None
     revision: str | None = None
     refs: tuple[str, ...] = ()

@@ -110,6 +110,7 @@ profiles = st.builds(
     max_context_tokens=maybe(st.integers(1, 2**20)),
     has_chat_template=st.booleans(),
     has_gds_export=st.booleans(),
+    gds_export_problem=maybe_texts,
     repo_id=maybe_texts,
     revision=maybe_texts,
     refs=st.lists(texts, max_size=2).map(tuple),

@@ -516,6 +516,70 @@ def test_a_second_look_reads_no_weights_again(root: Path) -> None:
     assert len(asked) == 1
 
 
+# ---------------------------------------------------------------------------------------- raw exports
+
+
+def add_export(folder: Path, entry: object, file: str = "norm.raw") -> Path:
+    """Give a model an export with this entry and a file."""
+    (folder / "gds_export").mkdir()
+    (folder / "gds_export" / file).write_bytes(b"raw")
+    (folder / "gds_export" / "manifest.json").write_text(json.dumps({"model.norm.weight": entry}))
+    return folder
+
+
+def test_a_sound_export_is_known_and_belongs_to_the_digest(root: Path) -> None:
+    """A model with an export that may be read says so, and is another model than the same one without."""
+    make_model(root / "plain")
+    add_export(make_model(root / "exported"), {"path": "norm.raw", "dtype": "float16", "shape": [16]})
+    exported, plain = inspect_models(root, DigestCache())
+    assert (exported.has_gds_export, exported.gds_export_problem) == (True, None)
+    assert (plain.has_gds_export, plain.gds_export_problem) == (False, None)
+    assert exported.digest != plain.digest
+    (root / "exported" / "gds_export" / "norm.raw").write_bytes(b"other")
+    assert inspect_models(root, DigestCache())[0].digest != exported.digest
+
+
+@pytest.mark.parametrize(
+    ("entry", "word"),
+    [
+        ("norm.raw", "object"),
+        ({"dtype": "float16"}, "no path"),
+        ({"path": "", "dtype": "float16"}, "no path"),
+        ({"path": ".", "dtype": "float16"}, "outside"),
+        ({"path": "../config.json", "dtype": "float16"}, "outside"),
+        ({"path": "/etc/passwd", "dtype": "float16"}, "outside"),
+        ({"path": "a\\norm.raw", "dtype": "float16"}, "outside"),
+        ({"path": "gone.raw", "dtype": "float16"}, "missing"),
+        ({"path": "norm.PT", "dtype": "float16"}, "pickle"),
+        ({"path": "norm.raw", "dtype": "torch.float16"}, "dtype"),
+        ({"path": "norm.raw"}, "dtype"),
+        ({"path": "norm.raw", "dtype": "uint8", "packed": "mxfp4"}, "mxfp4"),
+    ],
+)
+def test_a_doubtful_export_is_left_alone(root: Path, entry: object, word: str) -> None:
+    """The model stays usable; its export does not count, and the profile says why."""
+    add_export(make_model(root / "model"), entry)
+    profile = inspect_one(root)
+    assert profile.is_usable
+    assert not profile.has_gds_export
+    assert word in (profile.gds_export_problem or "")
+
+
+@pytest.mark.parametrize("manifest", ["{}", "[]", "not json", '{"a": 1}'])
+def test_a_manifest_that_is_none_is_no_export(root: Path, manifest: str) -> None:
+    """Only an object that names tensors is a manifest."""
+    folder = add_export(make_model(root / "model"), {})
+    (folder / "gds_export" / "manifest.json").write_text(manifest)
+    profile = inspect_one(root)
+    assert (profile.is_usable, profile.has_gds_export, bool(profile.gds_export_problem)) == (True, False, True)
+
+
+def test_a_pickle_in_an_export_refuses_the_whole_model(root: Path) -> None:
+    """The export is part of the tree, in which no pickle may lie."""
+    add_export(make_model(root / "model"), {"path": "norm.pt", "dtype": "float16"}, file="norm.pt")
+    assert "pickle" in (inspect_one(root).unsafe_because or "")
+
+
 # ---------------------------------------------------------------------------------------- hostile configurations
 
 
