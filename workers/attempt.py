@@ -6,7 +6,7 @@ is lost. While the database is away, finished results wait here, and are recorde
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -106,7 +106,9 @@ class Attempt:
         self._too_long: Unplaceable | None = None  # why rows longer than the placement holds have no room here
         self._ending: Ending | None = None
         self._stopping: tuple[Stopping, float] | None = None
-        self._missing = {row.row for row in assignment.rows}
+        self._rows = {row.row: row for row in assignment.rows}
+        self._missing = set(self._rows)
+        self._answered = {"prompt_bytes": 0, "allowed_tokens": 0}
         self._in_flight: tuple[int, ...] = ()
         self._waiting: list[RowResult] = []
         self._retry_at = 0.0
@@ -248,8 +250,15 @@ class Attempt:
         waiting = {result.row for result in self._waiting}
         fresh = [result for result in done.results if result.row in self._missing - waiting]
         self._waiting += fresh
+        self._count(result.row for result in fresh if result.error is None)
         self._tokens += sum(result.completion_tokens for result in fresh)
         self._record()
+
+    def _count(self, rows: Iterable[int]) -> None:
+        """Count what answered rows brought and what they might have taken: what quotes are made of."""
+        for row in map(self._rows.__getitem__, rows):
+            self._answered["prompt_bytes"] += prompt_bytes(row)
+            self._answered["allowed_tokens"] += row.generation.max_new_tokens
 
     def _fall_back(self, failed: SpecializationFailed, profile: ModelProfile) -> None:
         if self._stopping is not None:
@@ -419,7 +428,10 @@ class Attempt:
         report = self._report or AttemptReport(
             runtime_plan=self._plan, placement=to_json(self._placement) if self._placement is not None else {}
         )
-        measured = dict(self._measured)
+        measured = self._measured | self._answered
+        if self._placement is not None:
+            devices = {device.device_id: device.name for device in self._around.capabilities().devices}
+            measured |= {"device": devices.get(self._placement.device_id), "backend": self._plan.backend_id}
         if self._generating_since is not None and self._tokens:
             seconds = max(1e-3, self._around.clock() - self._generating_since)
             measured |= {"generation_seconds": round(seconds, 3), "tokens_per_second": round(self._tokens / seconds, 3)}
@@ -435,8 +447,11 @@ class Attempt:
 
 def most_tokens(row: WorkRow) -> int:
     """A bound on a row's tokens with its output: no tokenizer makes more tokens of a text than it has bytes."""
+    return prompt_bytes(row) + MESSAGE_TOKENS * len(row.messages or ()) + TEMPLATE_TOKENS + row.generation.max_new_tokens
+
+
+def prompt_bytes(row: WorkRow) -> int:
+    """The bytes of a row's prompt, or of its messages as JSON."""
     if row.prompt is not None:
-        given = len(row.prompt.encode())
-    else:
-        given = sum(len(json.dumps(message, ensure_ascii=False).encode()) + MESSAGE_TOKENS for message in row.messages or ())
-    return given + TEMPLATE_TOKENS + row.generation.max_new_tokens
+        return len(row.prompt.encode())
+    return sum(len(json.dumps(message, ensure_ascii=False).encode()) for message in row.messages or ())

@@ -17,7 +17,7 @@ from ollm_service.core.errors import DatabaseUnavailable
 REAP_SECONDS = 2.0
 SWEEP_SECONDS = 5.0
 ENDED_AT_ONCE = 100
-REMEMBER_GONE_MS = 7 * 24 * 3600 * 1000
+REMEMBER_MS = 7 * 24 * 3600 * 1000
 _log = logging.getLogger(__name__)
 
 
@@ -107,7 +107,7 @@ def reap(service: Service) -> int:
 
 
 def sweep(service: Service) -> None:
-    """End what is past its deadline, plan anew what waits for an older fleet, say why plans wait, hint again, forget old workers.
+    """End what is past its deadline, plan anew what waits for an older fleet, say why plans wait, hint again, forget what is old.
 
     Raises DatabaseUnavailable.
     """
@@ -116,4 +116,5 @@ def sweep(service: Service) -> None:
     fleet = service.fleet.fresh()
     replan_stale(service, fleet)
     tend_backlog(service, fleet, service.store.fleet.backlog())
-    service.store.fleet.forget_gone(REMEMBER_GONE_MS)
+    service.store.fleet.forget_gone(REMEMBER_MS)
+    service.store.quotes.forget_previews(REMEMBER_MS)

@@ -159,15 +159,15 @@ def claim(
                 _give_up(connection, top.id, worker_id, type(error).__name__)
                 unreadable += 1
                 continue
-            attempt = _lease(connection, top.id, holder, is_warm=name in warm)
+            attempt = _lease(connection, top.id, holder, digest=work.profile.digest, is_warm=name in warm)
             return replace(work, attempt=attempt, is_started=name in warm)
     return None
 
 
-def _lease(connection: Connection, plan_id: str, holder: dict[str, Any], *, is_warm: bool) -> int:
+def _lease(connection: Connection, plan_id: str, holder: dict[str, Any], *, digest: str | None, is_warm: bool) -> int:
     """Lease a plan that is locked; returns the attempt's number."""
     plan = connection.execute(_LEASE_AND_START if is_warm else _LEASE, {"plan": plan_id, **holder}).one()
-    attempt = {"plan_id": plan.id, "number": plan.attempt, "lease_id": holder["lease"]}
+    attempt = {"plan_id": plan.id, "number": plan.attempt, "lease_id": holder["lease"], "model_digest": digest}
     connection.execute(_BEGIN_ATTEMPT, attempt | {"worker_id": plan.worker_id, "worker_node": plan.worker_node})
     events = [event_of(plan, "claim", from_state=ExecutionState.QUEUED, to_state=_LEASED)]
     if is_warm:
@@ -180,7 +180,7 @@ def _lease(connection: Connection, plan_id: str, holder: dict[str, Any], *, is_w
 def _give_up(connection: Connection, plan_id: str, worker_id: str, error: str) -> None:
     """End a locked plan that cannot be read, under a lease that nobody hears of. The error's text might hold a prompt."""
     holder = {"worker": worker_id, "lease": str(uuid.uuid4()), "lease_ms": 0}
-    _lease(connection, plan_id, holder, is_warm=False)
+    _lease(connection, plan_id, holder, digest=None, is_warm=False)
     plan = lock_by_id(connection, plan_id)
     assert plan is not None, "this transaction holds the plan's lock"
     end_early(connection, plan, Event.GIVE_UP, kind="fail", message=f"The stored plan or its rows cannot be read ({error}).")

@@ -14,6 +14,7 @@ from ollm_service.store.events import Events
 from ollm_service.store.fleet import Fleet
 from ollm_service.store.jobs import Jobs
 from ollm_service.store.leases import Leases
+from ollm_service.store.quotes import Quotes
 from ollm_service.store.results import Results
 from ollm_service.store.schema import check_is_current, upgrade
 
@@ -47,6 +48,7 @@ class Store:
         self.results = Results(database)
         self.fleet = Fleet(database)
         self.events = Events(database)
+        self.quotes = Quotes(database)
         self._changes = _SqliteChanges(Path(database.url.database or "")) if database.is_sqlite else None
 
     @property

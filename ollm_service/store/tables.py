@@ -164,6 +164,7 @@ attempts = Table(
     Column("lease_id", String, nullable=False, unique=True),
     Column("worker_id", String, nullable=False),
     Column("worker_node", String, nullable=False),
+    Column("model_digest", String, comment="what it ran; NULL where the plan could not be read"),
     Column("outcome", String, nullable=False),
     Column("ended_by", String, comment="the verb that ended it, so that a verb whose reply was lost can be answered again"),
     Column("runtime_plan", JsonText),
@@ -172,6 +173,7 @@ attempts = Table(
     Column("started_ms", BigInteger, nullable=False),
     Column("ended_ms", BigInteger),
     PrimaryKeyConstraint("plan_id", "number"),
+    Index(None, "model_digest", "ended_ms"),
 )
 
 exclusions = Table(
@@ -243,6 +245,18 @@ workers = Table(
     Column("started_ms", BigInteger, nullable=False),
     Column("heartbeat_ms", BigInteger, nullable=False),
     Index(None, "state"),
+)
+
+previews = Table(
+    "previews",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("tenant_id", String, nullable=False),
+    Column("request", JsonText, nullable=False, comment="what was asked for, without its rows"),
+    Column("planned", JsonText, nullable=False),
+    Column("requirements", JsonText, nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+    Index(None, "created_ms"),
 )
 
 counters = Table(

@@ -10,7 +10,7 @@ import pytest
 
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
 from ollm_service.coordinator.submission import submit
-from ollm_service.coordinator.upkeep import REMEMBER_GONE_MS, Loop, Upkeep, reap, sweep
+from ollm_service.coordinator.upkeep import REMEMBER_MS, Loop, Upkeep, reap, sweep
 from ollm_service.core.errors import DatabaseUnavailable
 from ollm_service.core.leasing import RowResult
 from ollm_service.core.lifecycle import ExecutionState
@@ -251,6 +251,6 @@ def test_workers_are_forgotten_a_week_after_they_left(service_on_both: Service, 
     service = service_on_both
     for name in ("old", "late"):
         service.store.leases.retire(new_worker(service.store, name))
-        let_time_pass(database_url, REMEMBER_GONE_MS if name == "old" else 60_000)
+        let_time_pass(database_url, REMEMBER_MS if name == "old" else 60_000)
     sweep(service)
     assert [worker.node for worker in service.store.fleet.workers(active_only=False)] == ["late"]

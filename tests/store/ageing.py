@@ -8,6 +8,7 @@ _TIMES = {
     "runtime_plans": ("lease_expires_ms", "available_ms", "deadline_ms"),
     "exclusions": ("until_ms",),
     "workers": ("heartbeat_ms",),
+    "previews": ("created_ms",),
 }
 
 

@@ -1,0 +1,197 @@
+"""When would a job be done, by what was measured or by what devices are capable of?"""
+
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ollm_service.core.capabilities import Capabilities, Device, LiveState
+from ollm_service.core.options import RuntimeConfig
+from ollm_service.core.plan import GenericModelKind, NativeFamily, PassId
+from ollm_service.core.planning import HeldModel, plan
+from ollm_service.core.profile import ModelProfile
+from ollm_service.core.quote import Candidate, Job, Quote, RowSize, quote
+from ollm_service.core.rates import MeasuredAttempt, measured_rate, output_share, probed_rate, tokens_per_byte
+from ollm_service.core.requirements import requirements_of
+
+GIB = 1024**3
+CPU = Device(device_id="cpu", name="a CPU", memory_bytes=16 * GIB, memory_rate=10e9, arithmetic={"float32": 100e9})
+PROFILE = ModelProfile(
+    name="tiny",
+    path=PurePosixPath("tiny"),
+    digest="d" * 64,
+    architecture="LlamaForCausalLM",
+    family=NativeFamily.LLAMA,
+    kind=GenericModelKind.CAUSAL_LM,
+    dtype="float32",
+    weight_bytes=400_000_000,
+    layer_count=4,
+    hidden_size=512,
+    intermediate_size=2048,
+    vocabulary_size=32_000,
+    attention_heads=8,
+    kv_bytes_per_token=16_384,
+    max_context_tokens=4_096,
+)
+MEASURED = MeasuredAttempt(
+    placement={"tier": "KV cache in files"},
+    measured={
+        "device": "a CPU",
+        "backend": "optimized-native",
+        "prefill_tokens": 1_000,
+        "prefill_seconds": 2.0,
+        "decode_tokens": 800,
+        "decode_passes": 100,
+        "decode_seconds": 10.0,
+        "load_seconds": 3.0,
+        "prompt_tokens": 1_000,
+        "prompt_bytes": 4_000,
+        "completion_tokens": 808,
+        "allowed_tokens": 1_616,
+    },
+)
+
+
+def worker(name: str, free: int = 8 * GIB, *, speed: float = 1.0, **changes: Any) -> Candidate:
+    """A CPU worker that can do everything, so many times as fast."""
+    device = replace(CPU, memory_rate=10e9 * speed, arithmetic={"float32": 100e9 * speed})
+    offered = Capabilities(
+        node=name,
+        slots=1,
+        devices=(device,),
+        host_memory_bytes=16 * GIB,
+        backends={"optimized-native": None, "transformers-generic": None},
+        passes=dict.fromkeys(PassId),
+        kv_strategies={"resident": None, "paged": None},
+        models=(PROFILE,),
+    )
+    live = LiveState(device_free_bytes={"cpu": free}, host_free_bytes=free, cache_free_bytes=100 * GIB)
+    return Candidate(name=name, capabilities=replace(offered, **changes), live=live)
+
+
+def job(count: int = 1_000, rows_per_plan: int = 100) -> Job:
+    """So many rows of 400 bytes with at most 32 new tokens."""
+    planned = plan("tiny", [HeldModel(profile=PROFILE, workers=("w",))], RuntimeConfig())
+    return Job(
+        plan=planned.plan,
+        profile=PROFILE,
+        config=RuntimeConfig(),
+        requirements=requirements_of(planned.plan, PROFILE, RuntimeConfig()),
+        rows=[RowSize(prompt_bytes=400, max_new_tokens=32)] * count,
+        rows_per_plan=rows_per_plan,
+    )
+
+
+def span(found: Quote) -> tuple[float, float, float]:
+    """The range around the expectation."""
+    assert found.seconds is not None
+    assert found.fastest_seconds is not None
+    assert found.slowest_seconds is not None
+    return found.fastest_seconds, found.seconds, found.slowest_seconds
+
+
+def test_measured_attempts_are_summed_over_the_same_device_tier_and_backend() -> None:
+    """Rates are totals over totals; another device, tier or backend does not count."""
+    others = [
+        replace(MEASURED, measured={**MEASURED.measured, "device": "another"}),
+        replace(MEASURED, placement={"tier": "all on device"}),
+        replace(MEASURED, measured={**MEASURED.measured, "backend": "transformers-generic"}),
+        replace(MEASURED, measured={"device": "a CPU", "backend": "optimized-native"}),
+    ]
+    rate = measured_rate(
+        [MEASURED, MEASURED, *others], device_name="a CPU", tier="KV cache in files", backend_id="optimized-native"
+    )
+    assert rate is not None
+    assert (rate.prefill, rate.pass_seconds, rate.rows, rate.load_seconds, rate.attempts) == (500, 0.1, 8, 3.0, 2)
+    assert measured_rate(others, device_name="a CPU", tier="layers streamed", backend_id="optimized-native") is None
+
+
+def test_what_was_not_measured_follows_from_the_device() -> None:
+    """A pass reads the weights once, and computes for each row: what takes longer decides. An unprobed device has no rate."""
+    few = probed_rate(PROFILE, CPU, rows=1, disk_rate=1e9)
+    many = probed_rate(PROFILE, CPU, rows=64, disk_rate=None)
+    assert few is not None
+    assert many is not None
+    assert few.pass_seconds == pytest.approx(400e6 / 5e9)
+    assert many.pass_seconds == pytest.approx(64 * 2 * 100e6 / 50e9)
+    assert few.load_seconds == pytest.approx(0.4)
+    assert many.load_seconds == 0
+    assert few.spread > 1
+    assert probed_rate(PROFILE, replace(CPU, memory_rate=None), rows=1, disk_rate=None) is None
+    assert probed_rate(replace(PROFILE, dtype="float16"), CPU, rows=1, disk_rate=None) is None
+
+
+def test_a_mixture_of_experts_is_quoted_by_the_experts_that_a_token_meets() -> None:
+    """Half of the weights in 8 experts of which 2 are routed: five eighths are read."""
+    mixture = replace(PROFILE, expert_bytes=200_000_000, expert_count=8, experts_per_token=2)
+    whole, routed = (probed_rate(profile, CPU, rows=1, disk_rate=None) for profile in (PROFILE, mixture))
+    assert whole is not None
+    assert routed is not None
+    assert routed.pass_seconds == pytest.approx(whole.pass_seconds * 5 / 8)
+
+
+def test_tokens_and_outputs_are_guessed_until_they_are_measured() -> None:
+    """Tokens of a byte: by the vocabulary's size, then as measured; the part of allowed tokens: unknown, then as measured."""
+    assert tokens_per_byte([], PROFILE) == 0.25 == tokens_per_byte([MEASURED], PROFILE)
+    assert tokens_per_byte([], replace(PROFILE, vocabulary_size=40)) == 1.0
+    assert (output_share([]), output_share([MEASURED])) == (None, 0.5)
+
+
+def test_a_quote_tells_how_much_how_fast_and_by_whom() -> None:
+    """Twice as fast a worker gets twice the rows; the range holds the expectation; nothing was measured."""
+    found = quote(job(3_000), [worker("fast", speed=2.0), worker("slow")], [])
+    fast, slow = found.workers
+    assert (found.row_count, found.prompt_tokens, found.most_output_tokens) == (3_000, 300_000, 96_000)
+    assert fast.rows_an_hour == pytest.approx(2 * slow.rows_an_hour, rel=0.01)
+    assert fast.share == pytest.approx(2 / 3, abs=0.04)
+    assert fast.share + slow.share == pytest.approx(1)
+    fastest, expected, slowest = span(found)
+    assert fastest < expected < slowest
+    assert not found.is_measured
+
+
+def test_measured_quotes_are_closer_and_say_so() -> None:
+    """By hand: 3 s of loading, then for each row 100 tokens at 500 a second and 15 passes of 0.1 s shared by the micro-batch."""
+    found = quote(job(100), [worker("box")], [MEASURED])
+    (box,) = found.workers
+    assert box.placement is not None
+    rows = min(box.placement.micro_batch, 100)
+    passes = 15 * 0.1 * max(1.0, rows / 8) / rows
+    assert found.seconds == pytest.approx(3 + 100 * (100 / 500 + passes))
+    assert found.is_measured
+    _, expected, slowest = span(found)
+    assert slowest / expected < 1.5
+
+
+def test_whoever_cannot_run_it_says_why_and_gets_nothing() -> None:
+    """A worker without the backend, and one without room; alone, they leave the quote without a time."""
+    without = worker("old", backends={"optimized-native": "torch is not installed"})
+    full = worker("full", free=1_000)
+    found = quote(job(10), [without, full], [])
+    assert all(part.refused and part.share == 0 for part in found.workers)
+    assert (found.seconds, found.unplaceable_rows) == (None, 10)
+    helped = quote(job(10), [without, full, worker("able")], [])
+    assert helped.seconds is not None
+    assert [part.share for part in helped.workers] == [0, 0, 1]
+
+
+def test_rows_too_long_for_a_worker_are_counted() -> None:
+    """One row that no worker holds is told, and does not hide the rest."""
+    long = replace(job(), rows=[*job(10).rows, RowSize(prompt_bytes=12_000, max_new_tokens=900)])
+    found = quote(long, [worker("small", free=600_000_000)], [])
+    (small,) = found.workers
+    assert not small.refused
+    assert found.unplaceable_rows == small.left_out_rows == 1
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=4), st.integers(1, 2_000), st.integers(1, 256))
+def test_every_row_is_dealt_to_somebody(speeds: list[float], rows: int, rows_per_plan: int) -> None:
+    """Shares sum to one, and the range holds the expectation, whatever the fleet."""
+    candidates = [worker(f"w{number}", speed=speed) for number, speed in enumerate(speeds)]
+    found = quote(job(rows, rows_per_plan), candidates, [])
+    assert sum(part.share for part in found.workers) == pytest.approx(1)
+    fastest, expected, slowest = span(found)
+    assert 0 < fastest <= expected <= slowest
