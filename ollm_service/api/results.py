@@ -15,6 +15,7 @@ from ollm_service.store.views import ResultView
 
 ROWS_PER_PAGE = 500
 POLL_SECONDS = 0.2
+LAST_CURSOR = 2**63 - 1  # what a database can compare with
 MEDIA_TYPE = "application/x-ndjson"
 
 
@@ -26,7 +27,7 @@ def stream_results(
     Without any result there, it waits up to `wait_seconds` for one while the job is not final. An outage after the first line
     breaks the answer off, so that no reader takes a part for the whole; it goes on from the last cursor that it has.
     """
-    state = service.store.jobs.get(job_id, tenant_id).state
+    state, cursor = service.store.jobs.get(job_id, tenant_id).state, min(cursor, LAST_CURSOR)
     first = service.store.results.page(job_id, tenant_id, cursor=cursor, limit=_page_size(limit))
     reader = _Reader(service=service, job_id=job_id, tenant_id=tenant_id)
     lines = reader.lines(first, state=state, cursor=cursor, limit=limit, wait_seconds=wait_seconds)

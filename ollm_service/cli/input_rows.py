@@ -4,6 +4,7 @@ Nothing that a line asks for is dropped: what this reader does not know goes to 
 row by name. Only settings of value null, and those of OpenAI's body that ask for nothing, are left out.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -29,6 +30,9 @@ _GENERATION_NAMES: Mapping[str, str] = {
 _PROMPT_FIELD: Mapping[str, str] = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
 # A CSV field may be a whole document; the reader's own limit is 128 KiB.
 LONGEST_CSV_FIELD = 1 << 30
+# Several times what a service accepts in one body: more than that is the wrong file, and reading on would fill the memory.
+LONGEST_INPUT = 2 << 30
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +43,13 @@ class InputRows:
     model: str | None = None
 
 
-def read_rows(path: str, *, model: str | None, prompt_column: str | None = None) -> InputRows:
+def read_rows(path: str, *, model: str | None, prompt_column: str | None = None, longest: int = LONGEST_INPUT) -> InputRows:
     """The rows of a file; `-` is standard input. A name ending in `.csv`, or a `prompt_column`, makes it CSV.
 
-    Raises InvalidJob for a file that is empty or cannot be read, InvalidOption for a `prompt_column` that is not there.
+    Raises InvalidJob for a file that is empty, cannot be read or has more than `longest` bytes, InvalidOption for a
+    `prompt_column` that is not there.
     """
-    content = _content(path)
+    content = _content(path, longest)
     if prompt_column is not None or path.lower().endswith(".csv"):
         rows = tuple(_with_own_ids(read_csv(content, prompt_column)))
         read = InputRows(rows=rows, model=model)
@@ -189,13 +194,17 @@ def _prompt_column(columns: list[str], asked: str | None) -> str:
     return asked or "prompt"
 
 
-def _content(path: str) -> bytes:
-    if path == STDIN:
-        return sys.stdin.buffer.read()
+def _content(path: str, longest: int) -> bytes:
+    content = bytearray()
     try:
-        return Path(path).read_bytes()
+        with contextlib.nullcontext(sys.stdin.buffer) if path == STDIN else Path(path).open("rb") as file:
+            while len(content) <= longest and (chunk := file.read(_CHUNK)):
+                content += chunk
     except OSError as error:
-        raise InvalidJob(f"{path} cannot be read: {error.strerror}.", param="FILE") from error
+        raise InvalidJob(f"{_name(path)} cannot be read: {error.strerror}.", param="FILE") from error
+    if len(content) > longest:
+        raise InvalidJob(f"{_name(path)} is over {longest:,} bytes.", param="FILE", remedy="Split it into several jobs.")
+    return bytes(content)
 
 
 def _name(path: str) -> str:

@@ -76,6 +76,8 @@ def submit(
         else:
             say(job.id)
             _announce(job, quiet=False)
+            if job.counts.failed:
+                tell(f"{count(job.counts.failed, 'row')} of them cannot run; `ollm-service results {job.id} --failed` says why.")
             tell(f"Follow it with `ollm-service watch {job.id}`.")
 
 

@@ -17,6 +17,7 @@ from ollm_service.core.errors import (
     ModelNotFound,
     OllmError,
     PlanNotExecutable,
+    RequestError,
     printable,
 )
 
@@ -30,10 +31,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON: one object, or
 
 
 def exit_code(error: OllmError) -> int:
-    """2 for a bad option, setting or reference, 3 for a plan that is not executable, 1 for everything else."""
+    """2 for a bad option, setting or reference, 3 for a plan that is not executable, 1 for everything else.
+
+    An option that only the service judges is a field that it refuses.
+    """
     if isinstance(error, PlanNotExecutable):
         return NOT_EXECUTABLE
-    return WRONG_INPUT if isinstance(error, _WRONG_INPUT) else FAILED
+    is_wrong_input = isinstance(error, _WRONG_INPUT) or error.code == RequestError.code
+    return WRONG_INPUT if is_wrong_input else FAILED
 
 
 def report(error: OllmError, *, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from ollm_service.client.jobs import Job
 from ollm_service.client.rows import rows_to_send
 from ollm_service.client.transport import Transport
 from ollm_service.client.views import JobStatus, Model, Plan, Preview, Worker
+from ollm_service.core.errors import NotFound
 from ollm_service.core.lifecycle import ExecutionState
 from ollm_service.core.options import GenerationConfig, RuntimeConfig
 
@@ -69,7 +70,7 @@ class Client:
             "priority": priority,
             "where": where,
             "deadline_seconds": deadline_seconds,
-            "idempotency_key": idempotency_key or uuid.uuid4().hex,
+            "idempotency_key": uuid.uuid4().hex if idempotency_key is None else idempotency_key,
         }
         given = {name: value for name, value in body.items() if value is not None}
         return self._job(self._transport.post("/v1/jobs", given))
@@ -117,7 +118,7 @@ class Client:
 
     def retry(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
         """Make a new job of a job's failed rows. Raises Conflict while it runs and where nothing failed."""
-        body = {"idempotency_key": idempotency_key or uuid.uuid4().hex}
+        body = {"idempotency_key": uuid.uuid4().hex if idempotency_key is None else idempotency_key}
         return self._job(self._transport.post(f"/v1/jobs/{_in_path(job_id)}/retry", body))
 
     def workers(self) -> list[Worker]:
@@ -159,4 +160,6 @@ def _options(config: RuntimeConfig | GenerationConfig | Mapping[str, Any] | None
 
 
 def _in_path(name: str) -> str:
+    if not name:
+        raise NotFound("There is nothing without a name.")
     return quote(name, safe="")

@@ -133,6 +133,13 @@ def test_a_line_is_ascii_and_one_line() -> None:
     assert json.loads(line)["text"] == text
 
 
+def test_nothing_comes_after_a_cursor_of_any_size(http: TestClient, service: Service, worker_id: str) -> None:
+    """Also after one that no database could store."""
+    job_id = submit(service, submission([7])).job.job_id
+    answer = http.get(f"/v1/jobs/{job_id}/results", params={"cursor": 10**30})
+    assert (answer.status_code, answer.text) == (200, "")
+
+
 @pytest.mark.parametrize("params", [{"cursor": -1}, {"cursor": "x"}, {"limit": 0}, {"wait_seconds": 1000}])
 def test_a_wrong_query_is_a_400_that_names_the_parameter(http: TestClient, params: dict[str, Any]) -> None:
     """Also for numbers out of their range."""

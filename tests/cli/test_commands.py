@@ -57,6 +57,13 @@ def test_submit_prints_the_id_on_standard_output_and_the_plan_beside_it(
     assert (job.job_id, job.row_count) == (done.stdout.strip(), 2)
 
 
+def test_rows_that_cannot_run_are_told_at_once(process: Command, worker_id: str) -> None:
+    """A file of something else is a job of rows that all fail; who does not wait hears of it, too."""
+    done = process("submit", "-", "-m", "tiny", given=b"not JSON\n" + ROWS)
+    assert done.returncode == 0, done.stderr
+    assert "1 row of them cannot run" in done.stderr
+
+
 def test_waiting_prints_results_as_they_are_stored(process: Command, answering: Callable[[], None]) -> None:
     """--wait gives a JSON line in result shape for each row, and exit code 0."""
     answering()
@@ -134,7 +141,9 @@ def test_an_interrupted_command_keeps_what_it_has(live: LiveService, worker_id: 
         (("--nonsense",), 2, "nonsense"),
         (("-m", "nobody-has-this"), 2, "tiny"),
         (("-o", "/nowhere/out"), 2, "cannot be written"),
-        (("--priority", "99999"), 1, "priority"),
+        (("--priority", "99999"), 2, "priority"),
+        (("--deadline", "9999d"), 2, "deadline"),
+        (("--idempotency-key", ""), 2, "idempotency_key"),
     ],
 )
 def test_bad_options_end_with_their_exit_code_and_nothing_stored(
@@ -250,7 +259,9 @@ def test_plans_without_a_job_are_the_newest(command: Command, worker_id: str) ->
     assert command("plans", "--state", "asleep").returncode == 2
 
 
-@pytest.mark.parametrize("verb", [("job", "job_no"), ("plan", "plan_no"), ("results", "job_no"), ("cancel", "x"), ("drain", "x")])
+@pytest.mark.parametrize(
+    "verb", [("job", "job_no"), ("job", ""), ("plan", "plan_no"), ("results", "job_no"), ("cancel", "x"), ("drain", "x")]
+)
 def test_what_is_not_there_is_an_error_in_words(command: Command, verb: tuple[str, ...]) -> None:
     """Exit code 1 and one sentence; with --json the envelope on standard error."""
     done = command(*verb)

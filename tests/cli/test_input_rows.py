@@ -222,6 +222,12 @@ def test_a_file_without_rows_is_refused_before_anything_is_sent(tmp_path: Path, 
         read_rows(str(path), model="m")
 
 
+def test_no_file_fills_the_memory() -> None:
+    """Reading ends where no service would take it any more, also where the file has no end."""
+    with pytest.raises(InvalidJob, match=r"/dev/zero is over 1,000 bytes"):
+        read_rows("/dev/zero", model="m", longest=1000)
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     """The error names the file and what the system says about it."""
     with pytest.raises(InvalidJob, match=r"none\.jsonl cannot be read: No such file"):

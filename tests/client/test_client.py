@@ -189,6 +189,8 @@ def test_a_key_stands_for_one_body(client: Client, worker_id: str) -> None:
     assert client.submit("tiny", ["a"], idempotency_key="k").id == first.id
     with pytest.raises(IdempotencyConflict):
         client.submit("tiny", ["b"], idempotency_key="k")
+    with pytest.raises(RequestError, match="idempotency_key"):  # a variable that is not set is no key
+        client.submit("tiny", ["b"], idempotency_key="")
 
 
 def test_nobody_there_is_said_soon_and_with_a_remedy() -> None:
