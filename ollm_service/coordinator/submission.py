@@ -11,6 +11,8 @@ from ollm_service.coordinator.rows import check_rows
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
 from ollm_service.core.errors import Conflict
 from ollm_service.core.options import GenerationConfig, RuntimeConfig
+from ollm_service.core.row_size import most_tokens
+from ollm_service.core.splitting import split
 from ollm_service.store.jobs import NewJob, NewPlan, NewRow
 from ollm_service.store.views import JobView
 
@@ -60,7 +62,7 @@ def submit(service: Service, submission: Submission) -> Submitted:
         tenant_id=submission.tenant_id,
         model=submission.model.strip(),
         rows=rows,
-        plans=_split(service, rows, drafted),
+        plans=_split(service, rows, generation, drafted),
         config=config,
         generation=generation,
         priority=submission.priority,
@@ -99,7 +101,7 @@ def retry(service: Service, job_id: str, tenant_id: str, idempotency_key: str | 
         tenant_id=tenant_id,
         model=old.model,
         rows=rows,
-        plans=_split(service, rows, drafted),
+        plans=_split(service, rows, old.generation, drafted),
         config=old.config,
         generation=old.generation,
         priority=old.priority,
@@ -112,10 +114,14 @@ def retry(service: Service, job_id: str, tenant_id: str, idempotency_key: str | 
     return _store(service, job, drafted)
 
 
-def chunks(rows: Sequence[NewRow]) -> Iterator[Sequence[NewRow]]:
-    """The rows of each plan record, in order."""
-    for start in range(0, len(rows), ROWS_PER_PLAN):
-        yield rows[start : start + ROWS_PER_PLAN]
+def chunks(rows: Sequence[NewRow], generation: GenerationConfig, drafted: Draft) -> Iterator[tuple[int, ...]]:
+    """The numbers of the rows of each plan record, as `core.splitting` says; a row that is wrong by itself needs nothing."""
+    profile = drafted.planned.profile
+    context = profile.max_context_tokens if profile else None
+    bounds = [0 if row.error else most_tokens(row.request, generation.max_new_tokens) for row in rows]
+    needs = bounds if context is None else [min(bound, context) for bound in bounds]
+    for positions in split(needs, rows_per_plan=ROWS_PER_PLAN):
+        yield tuple(rows[position].row for position in positions)
 
 
 def _known(service: Service, tenant_id: str, key: str | None, digest: str) -> Submitted | None:
@@ -126,19 +132,19 @@ def _known(service: Service, tenant_id: str, key: str | None, digest: str) -> Su
     return None if job is None else Submitted(job=job, is_new=False)
 
 
-def _split(service: Service, rows: Sequence[NewRow], drafted: Draft) -> list[NewPlan]:
+def _split(service: Service, rows: Sequence[NewRow], generation: GenerationConfig, drafted: Draft) -> list[NewPlan]:
     requirements, condition = drafted.demand_executable(), drafted.condition
     return [
         NewPlan(
             plan_id=service.make_id("plan"),
-            rows=tuple(row.row for row in chunk),
+            rows=numbers,
             runtime_plan=drafted.planned.plan,
             profile=drafted.planned.profile,
             config=drafted.config,
             requirements=requirements,
             condition=condition,
         )
-        for chunk in chunks(rows)
+        for numbers in chunks(rows, generation, drafted)
     ]
 
 

@@ -42,6 +42,23 @@ def test_rows_are_split_into_plans_of_at_most_256(service: Service) -> None:
     assert [row.row for row in claim_one(service, new_worker(service.store)).rows] == list(range(256))
 
 
+def test_rows_far_longer_than_the_others_have_a_plan_of_their_own(service: Service) -> None:
+    """The usual rows come first and keep their order, so that a machine too small for the long ones begins with them."""
+    worker_id = new_worker(service.store)
+    prompts = ["short", "x" * 20_000, "short", "", "x" * 20_000]
+    job = submit(service, submission({"prompt": prompt} for prompt in prompts)).job
+    assert [plan.row_count for plan in service.store.jobs.plans(job.job_id, DEFAULT_TENANT)] == [3, 2]
+    assert [row.row for row in claim_one(service, worker_id).rows] == [0, 2]
+    assert [row.row for row in claim_one(service, worker_id).rows] == [1, 4]
+
+
+def test_what_is_beyond_the_context_needs_no_more_than_the_context(service: Service) -> None:
+    """Such a row fails or is cut off, so it is not kept apart for its length."""
+    new_worker(service.store, models=(replace(PROFILE, max_context_tokens=2048),))
+    job = submit(service, submission([{"prompt": "short"}, {"prompt": "short"}, {"prompt": "x" * 20_000}])).job
+    assert job.plans_total == 1
+
+
 def test_a_plan_of_wrong_rows_alone_is_born_final(service: Service) -> None:
     """A job whose rows are all wrong is stored, answered and done at once, and nobody is woken for it."""
     new_worker(service.store)

@@ -1,0 +1,26 @@
+"""How many tokens may a row have, at most? Known before anything is tokenized, and never too low."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+TEMPLATE_TOKENS = 64  # what a chat template may add to a row, and to each message
+MESSAGE_TOKENS = 16
+
+
+def prompt_bytes(request: Mapping[str, Any]) -> int:
+    """The bytes of a stored request's prompt, or of its messages as JSON; 0 where it has neither."""
+    prompt = request.get("prompt")
+    if isinstance(prompt, str):
+        return len(prompt.encode())
+    return sum(len(json.dumps(message, ensure_ascii=False).encode()) for message in request.get("messages") or ())
+
+
+def most_tokens(request: Mapping[str, Any], max_new_tokens: int) -> int:
+    """A bound on a row's tokens with its output, which is the row's own where it sets one.
+
+    No tokenizer makes more tokens of a text than it has bytes.
+    """
+    own = (request.get("generation") or {}).get("max_new_tokens")
+    messages = len(request.get("messages") or ())
+    return prompt_bytes(request) + MESSAGE_TOKENS * messages + TEMPLATE_TOKENS + (own or max_new_tokens)
