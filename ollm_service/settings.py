@@ -1,13 +1,16 @@
-"""How is this process configured? One frozen Settings, read from `OLLM_*` variables at entry points only."""
+"""How is this process configured? One frozen Settings, read from `OLLM_*` and `ollm.toml` at entry points only."""
 
+import os
 import re
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from ollm_service.configuration import PREFIX, read_file
 from ollm_service.core.errors import MisconfiguredService
 from ollm_service.core.labels import Attributes
 
@@ -18,7 +21,7 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
 class Settings(BaseSettings):
     """Everything that an operator may set; `docs/settings.md` is generated from it."""
 
-    model_config = SettingsConfigDict(env_prefix="OLLM_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
     data_dir: Path = Field(Path("ollm-data"), description="Folder for the embedded database, KV files and lock files.")
     database_url: str = Field(
@@ -52,11 +55,18 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:
-        """Read the environment. Raises MisconfiguredService naming the variable and the problem."""
+        """Read the environment, and beneath it `ollm.toml`; an override that is not None wins over both.
+
+        Raises MisconfiguredService naming the variable, or the file and its key, and the problem.
+        """
+        given = {name: value for name, value in overrides.items() if value is not None}
+        file = read_file(os.environ)
+        above = given.keys() | {variable.lower().removeprefix(PREFIX.lower()) for variable in os.environ}
+        below = {name: value for name, value in file.service.items() if name not in above}
         try:
-            return cls(**{name: value for name, value in overrides.items() if value is not None})
+            return cls(**below, **given)
         except ValidationError as error:
-            problems = "; ".join(f"OLLM_{str(item['loc'][0]).upper()}: {item['msg']}" for item in error.errors())
+            problems = "; ".join(f"{_place(str(item['loc'][0]), below, file.name)}: {item['msg']}" for item in error.errors())
             raise MisconfiguredService(f"Settings are wrong: {problems}.") from error
 
     @property
@@ -84,6 +94,10 @@ class Settings(BaseSettings):
                 raise MisconfiguredService(f"OLLM_WORKER_LABELS: `{entry}` is not name=value.")
             labels[name.strip()] = _number_or_text(value.strip())
         return labels
+
+
+def _place(name: str, from_file: Mapping[str, Any], file: str) -> str:
+    return f"{file}, {name}" if name in from_file else f"{PREFIX}{name.upper()}"
 
 
 def _number_or_text(value: str) -> str | float:

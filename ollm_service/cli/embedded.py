@@ -39,7 +39,7 @@ class EmbeddedService:
 
     def __init__(self, settings: Settings, *, workers: int) -> None:
         self._settings = settings
-        self._drain_seconds = settings.drain_seconds if "OLLM_DRAIN_SECONDS" in os.environ else DRAIN_SECONDS
+        self._drain_seconds = settings.drain_seconds if "drain_seconds" in settings.model_fields_set else DRAIN_SECONDS
         self._data_dir = settings.data_dir.absolute()
         self._port = settings.port or _free_port(settings.host)
         self._environment = {

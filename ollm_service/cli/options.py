@@ -1,6 +1,7 @@
 """Which flags say how a model runs and how it generates? One for each field of RuntimeConfig and GenerationConfig.
 
-The flags are made from the fields, so that none can be forgotten.
+The flags are made from the fields, so that none can be forgotten. What was not given stays open, for the environment, a file or
+the service to say; `default` closes it.
 """
 
 import inspect
@@ -11,7 +12,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from ollm_service.core.errors import InvalidOption
+from ollm_service.core.errors import InvalidOption, shown
 from ollm_service.core.options import (
     CPU_OFFLOAD_POLICIES,
     KV_ADAPTATION_MODES,
@@ -22,8 +23,9 @@ from ollm_service.core.options import (
     RuntimeConfig,
 )
 from ollm_service.core.plan import BackendId
+from ollm_service.core.precedence import TO_THE_DEFAULT
 
-_HELP: Mapping[str, str] = {
+HELP: Mapping[str, str] = {
     "device": "Device to run on, such as cpu or cuda:0.",
     "backend": f"Backend: {', '.join(BackendId)}.",
     "adapter_dir": "Folder of an adapter.",
@@ -46,15 +48,17 @@ _HELP: Mapping[str, str] = {
     "seed": "Seed of sampling.",
     "stop": "Text that ends an answer; up to four times.",
 }
+# `--stop ""` is to stop what `default` is to the others, since an answer may end at that very word.
+CLEARING = (TO_THE_DEFAULT, [""])
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """What the flags of one command say."""
+    """What the flags of one command say, by the option; None: its default, whatever is set elsewhere."""
 
-    runtime: RuntimeConfig
-    generation: GenerationConfig
+    runtime: Mapping[str, Any]
+    generation: Mapping[str, Any]
 
 
 def takes_choices(*, generation: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -63,10 +67,7 @@ def takes_choices(*, generation: bool = True) -> Callable[[Callable[..., None]],
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def run(*args: Any, **given: Any) -> None:
-            chosen = {kind: _pick(kind, given) for kind in (RuntimeConfig, GenerationConfig)}
-            choices = Choices(
-                runtime=RuntimeConfig(**chosen[RuntimeConfig]), generation=GenerationConfig(**chosen[GenerationConfig])
-            )
+            choices = Choices(runtime=_pick(RuntimeConfig, given), generation=_pick(GenerationConfig, given))
             command(*args, choices=choices, **given)
 
         own = inspect.signature(command, eval_str=True)
@@ -94,18 +95,36 @@ def seconds_in(text: str | None) -> float | None:
 def _parameter(item: Field[Any], kind: type) -> inspect.Parameter:
     panel = "How the model runs" if kind is RuntimeConfig else "How it generates"
     wanted: Any = next(iter(arg for arg in get_args(item.type) if arg is not type(None)), item.type)
-    name = item.name.replace("_", "-")
-    flag = f"--{name}"
+    flag = f"--{item.name.replace('_', '-')}"
     if item.name == "stop":
         wanted = list[str]
-    elif wanted is bool and item.default is True:
-        name = name.removeprefix("use-")
-        flag = f"--{name}/--no-{name}"
-    option = typer.Option(flag, help=_HELP[item.name], rich_help_panel=panel, show_default=False)
+    elif wanted is bool:
+        flag = f"{flag}/--no-{flag.removeprefix('--').removeprefix('use-')}"
+    as_number = {int: ("<int>", _whole), float: ("<float>", _number)}
+    metavar, parser = as_number.get(wanted, (None, None))
+    option = typer.Option(flag, help=HELP[item.name], rich_help_panel=panel, show_default=False, metavar=metavar, parser=parser)
     return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[wanted | None, option])
 
 
-def _pick(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Take a kind's fields out of what was given; a flag that was not used leaves the default."""
+def _whole(text: str) -> Any:
+    """What a flag that takes a whole number was given. Raises ValueError for what is neither one nor `default`."""
+    return text if text == TO_THE_DEFAULT else _parsed(int, text, "a whole number")
+
+
+def _number(text: str) -> Any:
+    return text if text == TO_THE_DEFAULT else _parsed(float, text, "a number")
+
+
+def _parsed(kind: type, text: str, what: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"`{shown(text)}` is not {what}") from error
+
+
+def _pick(kind: type[RuntimeConfig] | type[GenerationConfig], given: dict[str, Any]) -> dict[str, Any]:
+    """Take a kind's options out of what was given; a flag that was not used leaves its option open. Raises InvalidOption."""
     taken = {item.name: given.pop(item.name, None) for item in fields(kind)}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in taken.items() if value is not None}
+    chosen = {name: None if value in CLEARING else value for name, value in taken.items() if value is not None}
+    kind.from_dict(chosen)
+    return chosen

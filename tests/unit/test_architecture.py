@@ -16,8 +16,8 @@ from scripts.write_settings_page import PAGE, page
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("ollm_service", "workers")
 MODEL_LIBRARIES = ("torch", "transformers", "safetensors")
-# What a client reads; everything else that starts with OLLM_ is a field of Settings.
-CLIENT_VARIABLES = {"OLLM_BASE_URL", "OLLM_API_KEY"}
+# What a client reads, and where settings are; everything else that starts with OLLM_ is a field of Settings.
+OTHER_VARIABLES = {"OLLM_BASE_URL", "OLLM_API_KEY", "OLLM_CONFIG_FILE"}
 MOST_SETTINGS = 24
 
 
@@ -89,12 +89,12 @@ def test_every_setting_is_documented() -> None:
 
 
 def test_no_variable_is_read_behind_the_settings() -> None:
-    """Every OLLM_ variable that the code names is a field of Settings or belongs to the client."""
+    """Every OLLM_ variable that the code names is a field of Settings, belongs to the client, or names the file."""
     fields = {f"OLLM_{name.upper()}" for name in Settings.model_fields}
     named = {
         name for path in source_files(*PACKAGES, "migrations") for name in re.findall(r"\bOLLM_[A-Z_]+[A-Z]\b", path.read_text())
     }
-    assert named <= fields | CLIENT_VARIABLES
+    assert named <= fields | OTHER_VARIABLES
 
 
 def test_tests_wait_on_conditions_and_use_the_real_thing() -> None:
