@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from ollm_service.core.errors import RequestError
+from ollm_service.core.known_devices import KNOWN_DEVICES
 from ollm_service.core.options import GenerationConfig, RuntimeConfig
 
 Body = TypeVar("Body", bound="RequestBody")
@@ -32,13 +33,23 @@ class PreviewRequest(RequestBody):
     generation: dict[str, Any] | None = Field(None, description=_GENERATION_HELP, examples=[{"max_new_tokens": 64}])
     where: str | None = Field(None, description="Label expression that a worker must satisfy.", examples=['zone == "home"'])
     rows: list[Any] | None = Field(None, description="Rows as in a submission.", examples=[_EXAMPLE_ROWS])
+    if_workers: list[str | dict[str, Any]] | None = Field(
+        None,
+        description=f"Machines to imagine: {', '.join(KNOWN_DEVICES)}, or objects with memory_bytes, memory_rate, arithmetic, ….",
+        examples=[["h200"]],
+    )
 
 
 class JobRequest(RequestBody):
     """A job to run: one model, options, and rows of `{custom_id?, prompt | messages, generation?}`."""
 
-    model: str = Field(
-        description="Alias, hub id `org/name[@revision]`, or name of a folder that a worker has.", examples=["llama3-1B-chat"]
+    model: str | None = Field(
+        None,
+        description="Alias, hub id `org/name[@revision]`, or name of a folder that a worker has.",
+        examples=["llama3-1B-chat"],
+    )
+    plan: str | None = Field(
+        None, description="A preview, pl_…: run exactly what it showed, or say what has changed. It stands for model and options."
     )
     rows: list[Any] = Field(description="The requests. A row that is wrong by itself fails alone.", examples=[_EXAMPLE_ROWS])
     runtime: dict[str, Any] | None = Field(None, description=_RUNTIME_HELP, examples=[{"kv_cache_strategy": "paged"}])

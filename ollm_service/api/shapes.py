@@ -7,6 +7,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 from pydantic import BaseModel, Field
 
 from ollm_service.coordinator.fleet import Verdict
+from ollm_service.core.quote import Quote
 from ollm_service.core.wire import to_json
 from ollm_service.store.views import AttemptView, EventView, JobView, PlanDetail, PlanView
 
@@ -169,11 +170,48 @@ class RowsPreview(BaseModel):
     invalid: list[RowProblem]
 
 
+class WorkerQuoteBody(BaseModel):
+    """One worker's part: how it would run and how fast, or why it cannot take part. Sizes in bytes, rates per second."""
+
+    name: str
+    is_hypothetical: bool
+    refused: list[str]
+    placement: dict[str, Any] | None
+    device: dict[str, Any] | None
+    free_bytes: int
+    rate: dict[str, Any] | None
+    rows_an_hour: float
+    share: float
+    left_out_rows: int
+
+
+class QuoteBody(BaseModel):
+    """When the rows would be answered, and by whom. Seconds from now: expected and a range; null where no speed is known."""
+
+    row_count: int
+    prompt_tokens: int
+    most_output_tokens: int
+    longest_row_tokens: int
+    seconds: float | None
+    fastest_seconds: float | None
+    slowest_seconds: float | None
+    is_measured: bool
+    unplaceable_rows: int
+    workers: list[WorkerQuoteBody]
+
+
 class PreviewBody(BaseModel):
-    """What would run where, and why. Nothing was stored."""
+    """What would run where, how and why. No job was stored; `id` names the preview to a submission, for a week.
+
+    `plan` and `runtime_plan` are the same. `placement` is that of the worker with the largest share; it and `quote` need rows.
+    """
 
     object: Literal["plan.preview"] = "plan.preview"
+    id: str | None
     model: str
+    plan: dict[str, Any]
+    placement: dict[str, Any] | None
+    quote: QuoteBody | None
     executable: bool
     runtime_plan: dict[str, Any]
     resolved_model: dict[str, Any]
@@ -182,6 +220,18 @@ class PreviewBody(BaseModel):
     condition: str | None
     workers: list[VerdictBody]
     rows: RowsPreview | None
+
+
+def quote_body(quote: Quote) -> QuoteBody:
+    """A quote."""
+    return QuoteBody(**to_json(quote))
+
+
+def main_placement(quote: Quote) -> dict[str, Any] | None:
+    """How the worker with the largest share would run it."""
+    placed = [found for found in quote.workers if found.placement is not None]
+    main = max(placed, key=lambda found: found.share, default=None)
+    return None if main is None else dict(to_json(main.placement))
 
 
 def iso(milliseconds: int) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ollm_service import __version__
-from ollm_service.cli import doctor, fleet, jobs, plans, service
+from ollm_service.cli import doctor, fleet, jobs, plans, preview, service
 from ollm_service.cli.output import exit_code, report, say
 from ollm_service.core.errors import OllmError
 
@@ -34,7 +34,7 @@ for name, panel, verb in (
     ("results", JOBS, jobs.results),
     ("cancel", JOBS, jobs.cancel),
     ("retry", JOBS, jobs.retry),
-    ("preview", PLANS, plans.preview),
+    ("preview", PLANS, preview.preview),
     ("plans", PLANS, plans.list_plans),
     ("plan", PLANS, plans.show_plan),
     ("explain", PLANS, plans.explain),

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ollm_service.cli import previewed_files
 from ollm_service.cli.input_rows import read_rows
 from ollm_service.cli.options import Choices, seconds_in, takes_choices
 from ollm_service.cli.output import (
@@ -38,10 +39,16 @@ Output = Annotated[
 def submit(
     choices: Choices,
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="JSONL of ours or of OpenAI's batches, CSV, or - for standard input.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="FILE", help="JSONL of ours or of OpenAI's batches, CSV, or - for standard input.", show_default=False
+        ),
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Alias, hub id or name of a model on the fleet.")] = None,
     prompt_column: Annotated[str | None, typer.Option(help="Column of a CSV file that holds the prompts.")] = None,
+    plan: Annotated[
+        str | None, typer.Option(metavar="PREVIEW", help="Run exactly what this preview, pl_…, showed, or hear what has changed.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job and print its results.")] = False,
     output: Output = None,
     where: Annotated[str | None, typer.Option(help='Labels that a worker must have, such as zone == "home".')] = None,
@@ -54,20 +61,30 @@ def submit(
     deadline_seconds = seconds_in(deadline)
     if output is not None:
         check_writable(output)
+    if file is None:
+        if plan is None:
+            raise InvalidOption("FILE", "say which file holds the rows, or - for standard input")
+        file, prompt_column = previewed_files.recall(plan)
     read = read_rows(file, model=model, prompt_column=prompt_column)
-    if read.model is None:
-        raise InvalidOption("--model", "say which model is to answer, such as -m llama3-1B-chat")
     with Client() as client:
-        job = client.submit(
-            read.model,
-            read.rows,
-            runtime=choices.runtime,
-            generation=choices.generation,
-            priority=priority,
-            where=where,
-            deadline_seconds=deadline_seconds,
-            idempotency_key=idempotency_key,
-        )
+        if plan is not None:
+            _refuse_choices(choices, model=model, where=where)
+            job = client.submit_previewed(
+                plan, read.rows, priority=priority, deadline_seconds=deadline_seconds, idempotency_key=idempotency_key
+            )
+        elif read.model is None:
+            raise InvalidOption("--model", "say which model is to answer, such as -m llama3-1B-chat")
+        else:
+            job = client.submit(
+                read.model,
+                read.rows,
+                runtime=choices.runtime,
+                generation=choices.generation,
+                priority=priority,
+                where=where,
+                deadline_seconds=deadline_seconds,
+                idempotency_key=idempotency_key,
+            )
         if wait or output is not None:
             _announce(job, quiet=as_json)
             follow(client, job, output, as_json=as_json)
@@ -79,6 +96,12 @@ def submit(
             if job.counts.failed:
                 tell(f"{count(job.counts.failed, 'row')} of them cannot run; `ollm-service results {job.id} --failed` says why.")
             tell(f"Follow it with `ollm-service watch {job.id}`.")
+
+
+def _refuse_choices(choices: Choices, *, model: str | None, where: str | None) -> None:
+    """A preview has settled them. Raises InvalidOption."""
+    if choices.runtime or choices.generation or model or where:
+        raise InvalidOption("--plan", "stands for the model and every option; make another preview to change them")
 
 
 def list_jobs(

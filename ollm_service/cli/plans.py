@@ -7,10 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ollm_service.cli.input_rows import read_rows
-from ollm_service.cli.options import Choices, takes_choices
 from ollm_service.cli.output import (
-    NOT_EXECUTABLE,
     AsJson,
     bytes_in_words,
     count,
@@ -21,43 +18,12 @@ from ollm_service.cli.output import (
     say,
 )
 from ollm_service.client import Client, Plan, Verdict
-from ollm_service.core.errors import InvalidOption
 from ollm_service.core.lifecycle import ExecutionState
 from ollm_service.core.plan import RuntimePlan
 
 NEWEST = 20
 
 PlanId = Annotated[str, typer.Argument(metavar="PLAN", help="The plan's id, plan_…", show_default=False)]
-
-
-@takes_choices()
-def preview(
-    choices: Choices,
-    name: Annotated[str | None, typer.Argument(metavar="MODEL", help="Alias, hub id or name of a model on the fleet.")] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="The same, as `submit` takes it.")] = None,
-    rows: Annotated[str | None, typer.Option(metavar="FILE", help="Check the rows of this file, too.")] = None,
-    prompt_column: Annotated[str | None, typer.Option(help="Column of a CSV file that holds the prompts.")] = None,
-    where: Annotated[str | None, typer.Option(help='Labels that a worker must have, such as zone == "home".')] = None,
-    as_json: AsJson = False,
-) -> None:
-    """See what would run where and why. Nothing is stored; exits 3 when nothing could run it."""
-    read = None if rows is None else read_rows(rows, model=model or name, prompt_column=prompt_column)
-    wanted = model or name or (read.model if read else None)
-    if wanted is None:
-        raise InvalidOption("MODEL", "say which model, such as `ollm-service preview llama3-1B-chat`")
-    with Client() as client:
-        found = client.preview(
-            wanted, choices.runtime, choices.generation, where=where, rows=read.rows if read is not None else None
-        )
-    if as_json:
-        print_json(found.raw)
-    else:
-        _print_plan(found.runtime_plan, found.condition)
-        _print_verdicts(found.workers)
-        for problem in (found.raw.get("rows") or {}).get("invalid", ()):
-            say(f"row {problem['row']} ({problem['custom_id']}) would fail: {problem['message']}")
-    if not found.runtime_plan.is_executable():
-        raise typer.Exit(NOT_EXECUTABLE)
 
 
 def list_plans(

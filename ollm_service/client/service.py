@@ -10,6 +10,7 @@ from ollm_service.client.jobs import Job
 from ollm_service.client.rows import rows_to_send
 from ollm_service.client.transport import Transport
 from ollm_service.client.views import JobStatus, Model, Plan, Preview, Worker
+from ollm_service.configuration import read_options
 from ollm_service.core.errors import NotFound
 from ollm_service.core.lifecycle import ExecutionState
 from ollm_service.core.options import GenerationConfig, RuntimeConfig
@@ -22,11 +23,14 @@ class Client:
     """A user of one service, `OLLM_BASE_URL` or the one on this machine. Thread-safe; close it or use it in a `with`.
 
     Every method may raise an OllmError: a RequestError for what the caller can mend, a ServiceError otherwise, each with its
-    code, param and remedy. Requests are repeated after a lost connection, and no repetition does anything twice.
+    code, param and remedy. Requests are repeated after a lost connection, and no repetition does anything twice. Options that
+    a call leaves open are those of this machine's environment and `ollm.toml` as they were when the client was made, which
+    raises MisconfiguredService where they are wrong.
     """
 
     def __init__(self, base_url: str | None = None, api_key: str | None = None) -> None:
         address = base_url or os.environ.get("OLLM_BASE_URL") or LOCAL_SERVICE
+        self._options = read_options(os.environ)
         self._transport = Transport(address, api_key or os.environ.get("OLLM_API_KEY"))
 
     def __enter__(self) -> Self:
@@ -60,20 +64,35 @@ class Client:
 
         A row is a text (a prompt), a list of messages, or a mapping `{custom_id?, prompt | messages, generation?}`. With an
         `idempotency_key`, submitting the same again returns the first job; one is made where none is given, so that this
-        call's own repetitions are safe. A row that is wrong by itself ends with an error and the others go on.
-        """
+        call's own repetitions are safe. A row that is wrong by itself ends with an error and the others go on.        """
+        runtime, generation = self._options.to_send(_options(runtime), _options(generation))
         body: dict[str, Any] = {
             "model": model,
             "rows": rows_to_send(rows),
-            "runtime": _options(runtime),
-            "generation": _options(generation),
+            "runtime": runtime,
+            "generation": generation,
             "priority": priority,
             "where": where,
             "deadline_seconds": deadline_seconds,
-            "idempotency_key": uuid.uuid4().hex if idempotency_key is None else idempotency_key,
+            "idempotency_key": idempotency_key,
         }
-        given = {name: value for name, value in body.items() if value is not None}
-        return self._job(self._transport.post("/v1/jobs", given))
+        return self._submit(body)
+
+    def submit_previewed(
+        self,
+        preview_id: str,
+        rows: Iterable[Any],
+        *,
+        priority: int | None = None,
+        deadline_seconds: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """The same, of exactly what a preview of these rows has shown: its model, options and plan.
+
+        Raises PlanChanged where something else would run now, saying what, and NotFound for an unknown preview.
+        """
+        body = {"plan": preview_id, "rows": rows_to_send(rows), "priority": priority, "deadline_seconds": deadline_seconds}
+        return self._submit(body | {"idempotency_key": idempotency_key})
 
     def preview(
         self,
@@ -83,13 +102,20 @@ class Client:
         *,
         where: str | None = None,
         rows: Iterable[Any] | None = None,
+        if_workers: Iterable[str | Mapping[str, Any]] = (),
     ) -> Preview:
-        """The plan that such a job would get, and every worker's verdict, without running anything."""
-        body: dict[str, Any] = {"model": model, "runtime": _options(runtime), "generation": _options(generation)}
+        """The plan that such a job would get, and every worker's verdict, without running anything; with rows, a quote, too.
+
+        `if_workers` are machines to imagine, by name or described with the fields of Device.
+        """
+        runtime, generation = self._options.to_send(_options(runtime), _options(generation))
+        body: dict[str, Any] = {"model": model, "runtime": runtime, "generation": generation}
         if where is not None:
             body["where"] = where
         if rows is not None:
             body["rows"] = rows_to_send(rows)
+        if imagined := list(if_workers):
+            body["if_workers"] = imagined
         return Preview.from_raw(self._transport.post("/v1/plans/preview", body))
 
     def job(self, job_id: str) -> Job:
@@ -138,6 +164,11 @@ class Client:
         """Whether the service can do its work: its database and its broker. Raises ServiceError where it cannot."""
         answer: Mapping[str, Any] = self._transport.get("/readyz")
         return answer
+
+    def _submit(self, body: Mapping[str, Any]) -> Job:
+        given = {name: value for name, value in body.items() if value is not None}
+        given.setdefault("idempotency_key", uuid.uuid4().hex)
+        return self._job(self._transport.post("/v1/jobs", given))
 
     def _job(self, raw: Mapping[str, Any]) -> Job:
         return Job(self, self._transport, JobStatus.from_raw(raw))

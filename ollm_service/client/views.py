@@ -173,19 +173,26 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
-    """What would be planned, and who could run it. Nothing was stored. No class where the plan is not executable."""
+    """What would be planned, and who could run it. No class and no id where the plan is not executable.
 
+    `id` names it to a submission. `quote` is JSON: when it would be done, by whom and how; None without rows.
+    """
+
+    id: str | None
     runtime_plan: RuntimePlan
     requirements: Json | None
     class_id: str | None
     condition: str | None
     workers: tuple[Verdict, ...]
+    quote: Json | None = None
     raw: Json = field(repr=False, compare=False, default_factory=dict)
 
     @classmethod
     def from_raw(cls, raw: Json) -> Self:
         """From the service's JSON."""
         return cls(
+            id=raw.get("id"),
+            quote=raw.get("quote"),
             runtime_plan=RuntimePlan.from_dict(raw["runtime_plan"], resolved_model=resolved_from(raw)),
             requirements=raw.get("requirements"),
             class_id=raw.get("class_id"),

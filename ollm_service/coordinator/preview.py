@@ -1,25 +1,49 @@
-"""What would run where, and why? The answer to a submission that nobody has made yet."""
+"""What would run where, how, and when would it be done? The answer to a submission that nobody has made yet."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ollm_service.coordinator.drafting import Draft, draft
 from ollm_service.coordinator.fleet import Verdict, verdicts
+from ollm_service.coordinator.promises import rows_digest
 from ollm_service.coordinator.rows import check_rows
-from ollm_service.coordinator.service import Service
+from ollm_service.coordinator.service import DEFAULT_TENANT, Service
 from ollm_service.coordinator.submission import ROWS_PER_PLAN
-from ollm_service.core.options import GenerationConfig, RuntimeConfig
+from ollm_service.core.known_devices import as_offered_by, hypothetical
+from ollm_service.core.options import GenerationConfig
+from ollm_service.core.quote import Candidate, Job, Quote, RowSize, quote
 from ollm_service.store.jobs import NewRow
+from ollm_service.store.quotes import StoredPreview
+from ollm_service.store.views import WorkerView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreviewRequest:
+    """What a user wants to know, well-formed as JSON and not yet judged. `if_workers` are machines that are only imagined."""
+
+    model: str
+    rows: Sequence[Any] | None = None
+    runtime: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    where: str | None = None
+    if_workers: Sequence[str | Mapping[str, Any]] = ()
+    tenant_id: str = DEFAULT_TENANT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
-    """A draft, what each worker says to it, and the checked rows where some were given."""
+    """A draft, what each worker says to it, the checked rows where some were given, and then a quote.
+
+    `preview_id` names it to a submission; None for a plan that is not executable.
+    """
 
     draft: Draft
     verdicts: tuple[Verdict, ...]
     rows: Sequence[NewRow] | None
+    quote: Quote | None
+    preview_id: str | None
 
     @property
     def plans_total(self) -> int:
@@ -27,21 +51,79 @@ class Preview:
         return -(-len(self.rows or ()) // ROWS_PER_PLAN)
 
 
-def preview(
-    service: Service,
-    model: str,
-    runtime: Mapping[str, Any],
-    generation: Mapping[str, Any],
-    where: str | None,
-    rows: Sequence[Any] | None,
-) -> Preview:
-    """Judge and plan as a submission would, and store nothing.
+def preview(service: Service, request: PreviewRequest) -> Preview:
+    """Judge and plan as a submission would, quote it, and remember what was shown.
 
-    Raises what a submission raises, but shows a plan that is not executable, with its reason.
+    Raises what a submission raises, and InvalidOption for an imagined worker; shows a plan that is not executable all the same.
     """
-    config = RuntimeConfig.from_dict(runtime)
-    settings = GenerationConfig.from_dict(generation)
-    checked = None if rows is None else check_rows(rows, settings)
-    drafted = draft(service.fleet.snapshot(), model, config, where)
+    config = service.options.runtime_config(request.runtime)
+    settings = service.options.generation_config(request.generation)
+    checked = None if request.rows is None else check_rows(request.rows, settings)
+    drafted = draft(service.fleet.snapshot(), request.model, config, request.where)
     found = () if drafted.requirements is None else verdicts(drafted.requirements, drafted.fleet.workers)
-    return Preview(draft=drafted, verdicts=found, rows=checked)
+    return Preview(
+        draft=drafted,
+        verdicts=found,
+        rows=checked,
+        quote=None if checked is None else _quote(service, drafted, checked, settings, request.if_workers),
+        preview_id=_keep(service, drafted, request),
+    )
+
+
+def _keep(service: Service, drafted: Draft, request: PreviewRequest) -> str | None:
+    if drafted.requirements is None:
+        return None
+    stored = StoredPreview(
+        preview_id=service.make_id("pl"),
+        request={
+            "model": request.model,
+            "runtime": dict(request.runtime),
+            "generation": dict(request.generation),
+            "where": request.where,
+            "rows_digest": None if request.rows is None else rows_digest(request.rows),
+        },
+        planned=drafted.planned.plan,
+        requirements=drafted.requirements,
+    )
+    service.store.quotes.keep_preview(stored, request.tenant_id)
+    return stored.preview_id
+
+
+def _quote(
+    service: Service, drafted: Draft, rows: Sequence[NewRow], settings: GenerationConfig, imagined: Sequence[Any]
+) -> Quote | None:
+    profile, requirements = drafted.planned.profile, drafted.requirements
+    if profile is None or requirements is None:
+        return None
+    workers = drafted.fleet.workers
+    candidates = [Candidate(name=worker.node, capabilities=worker.capabilities, live=worker.live) for worker in workers]
+    for wanted in imagined:
+        name, offered, live = hypothetical(wanted, profile)
+        example = _example(workers)
+        offered = offered if example is None else as_offered_by(offered, example.capabilities)
+        candidates.append(Candidate(name=name, capabilities=offered, live=live, is_hypothetical=True))
+    job = Job(
+        plan=drafted.planned.plan,
+        profile=profile,
+        config=drafted.config,
+        requirements=requirements,
+        rows=[_size(row, settings) for row in rows if row.error is None],
+        rows_per_plan=ROWS_PER_PLAN,
+    )
+    return quote(job, candidates, service.store.quotes.measured(profile.digest))
+
+
+def _example(workers: Sequence[WorkerView]) -> WorkerView | None:
+    """The worker whose software can do most."""
+    return max(workers, key=lambda worker: sum(reason is None for reason in worker.capabilities.passes.values()), default=None)
+
+
+def _size(row: NewRow, settings: GenerationConfig) -> RowSize:
+    request = row.request
+    prompt = request.get("prompt")
+    if isinstance(prompt, str):
+        given = len(prompt.encode())
+    else:
+        given = sum(len(json.dumps(message, ensure_ascii=False).encode()) for message in request.get("messages") or ())
+    limit = settings.merged_with(request.get("generation") or {}).max_new_tokens
+    return RowSize(prompt_bytes=given, max_new_tokens=limit)

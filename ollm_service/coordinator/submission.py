@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ollm_service.coordinator.drafting import Draft, draft
+from ollm_service.coordinator.promises import check_unchanged
 from ollm_service.coordinator.rows import check_rows
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
-from ollm_service.core.errors import Conflict
-from ollm_service.core.options import GenerationConfig, RuntimeConfig
+from ollm_service.core.errors import Conflict, InvalidJob, RequestError
+from ollm_service.core.options import GenerationConfig
 from ollm_service.core.row_size import most_tokens
 from ollm_service.core.splitting import split
 from ollm_service.store.jobs import NewJob, NewPlan, NewRow
+from ollm_service.store.quotes import StoredPreview
 from ollm_service.store.views import JobView
 
 ROWS_PER_PLAN = 256
@@ -21,10 +23,14 @@ ROWS_PER_PLAN = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """What a user asks for, well-formed as JSON and not yet judged. `body_digest` identifies it for its idempotency key."""
+    """What a user asks for, well-formed as JSON and not yet judged. `body_digest` identifies it for its idempotency key.
 
-    model: str
+    `plan` names a preview, which then says what model and options are; those must be left out.
+    """
+
     rows: Sequence[Any]
+    model: str | None = None
+    plan: str | None = None
     runtime: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
     priority: int = 0
@@ -52,21 +58,25 @@ def submit(service: Service, submission: Submission) -> Submitted:
     known = _known(service, submission.tenant_id, submission.idempotency_key, submission.body_digest)
     if known is not None:
         return known
-    config = RuntimeConfig.from_dict(submission.runtime)
-    generation = GenerationConfig.from_dict(submission.generation)
+    promised = None if submission.plan is None else service.store.quotes.preview(submission.plan, submission.tenant_id)
+    wanted = _wanted(submission) if promised is None else _as_previewed(submission, promised)
+    config = service.options.runtime_config(wanted.runtime)
+    generation = service.options.generation_config(wanted.generation)
     rows = check_rows(submission.rows, generation)
-    drafted = draft(service.fleet.snapshot(), submission.model, config, submission.where)
+    drafted = draft(service.fleet.snapshot(), wanted.model, config, wanted.where)
+    if promised is not None:
+        check_unchanged(promised, drafted, submission.rows)
     deadline = submission.deadline_seconds
     job = NewJob(
         job_id=service.make_id("job"),
         tenant_id=submission.tenant_id,
-        model=submission.model.strip(),
+        model=wanted.model.strip(),
         rows=rows,
         plans=_split(service, rows, generation, drafted),
         config=config,
         generation=generation,
         priority=submission.priority,
-        where=submission.where,
+        where=wanted.where,
         deadline_ms=None if deadline is None else math.ceil(deadline * 1000),
         idempotency_key=submission.idempotency_key,
         body_digest=submission.body_digest,
@@ -122,6 +132,37 @@ def chunks(rows: Sequence[NewRow], generation: GenerationConfig, drafted: Draft)
     needs = bounds if context is None else [min(bound, context) for bound in bounds]
     for positions in split(needs, rows_per_plan=ROWS_PER_PLAN):
         yield tuple(rows[position].row for position in positions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    """What decides how a job runs."""
+
+    model: str
+    runtime: Mapping[str, Any]
+    generation: Mapping[str, Any]
+    where: str | None
+
+
+def _wanted(submission: Submission) -> _Wanted:
+    if submission.model is None:
+        raise RequestError("`model` is missing.", param="model", remedy="Name a model, or a preview as `plan`.")
+    return _Wanted(model=submission.model, runtime=submission.runtime, generation=submission.generation, where=submission.where)
+
+
+def _as_previewed(submission: Submission, promised: StoredPreview) -> _Wanted:
+    given = {"model": submission.model, "runtime": submission.runtime, "generation": submission.generation}
+    for name, value in {**given, "where": submission.where}.items():
+        if value and value != promised.request.get(name):
+            raise InvalidJob(
+                f"`{name}` differs from what {promised.preview_id} was made for.",
+                param=name,
+                remedy=f"Leave `{name}` out, or make a new preview with it.",
+            )
+    request = promised.request
+    return _Wanted(
+        model=request["model"], runtime=request["runtime"], generation=request["generation"], where=request.get("where")
+    )
 
 
 def _known(service: Service, tenant_id: str, key: str | None, digest: str) -> Submitted | None:

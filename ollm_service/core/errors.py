@@ -105,6 +105,12 @@ class IdempotencyConflict(Conflict):
     code = "idempotency_conflict"
 
 
+class PlanChanged(Conflict):
+    """What was previewed is not what would run now."""
+
+    code = "plan_changed"
+
+
 class BodyTooLarge(RequestError):
     """The request body is over the size limit."""
 

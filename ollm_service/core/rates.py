@@ -13,6 +13,7 @@ from ollm_service.core.profile import ModelProfile
 # How much of a device's probed speed a whole model reaches, from attempts on CPUs: the rest goes into attention, small operations
 # and the program around them.
 PROBED_EFFICIENCY = 0.5
+LAYER_SECONDS = 1e-4  # about ten operations, each some microseconds to start, on any device
 # What a quote from probed speed may be wrong by, either way; what was measured varies less.
 PROBED_SPREAD, MEASURED_SPREAD = 2.5, 1.25
 _ELEMENT_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -88,8 +89,8 @@ def probed_rate(profile: ModelProfile, device: Device, *, rows: int, disk_rate: 
     """What the device's probed speed allows; None where it was not probed.
 
     A prompt costs 2 operations for each parameter and token. A pass reads the weights once, and costs those operations for each
-    row; the longer of the two decides. A mixture of experts computes with the routed experts alone, and reads those of a row.
-    Loading reads the weights from disk.
+    row; the longer of the two decides, and no layer takes less than starting its operations does. A mixture of experts computes
+    with the routed experts alone, and reads those of a row. Loading reads the weights from disk.
     """
     arithmetic = device.arithmetic.get(profile.dtype or "", 0.0) * PROBED_EFFICIENCY
     memory_rate = (device.memory_rate or 0.0) * PROBED_EFFICIENCY
@@ -99,7 +100,7 @@ def probed_rate(profile: ModelProfile, device: Device, *, rows: int, disk_rate: 
     parameters = active / _ELEMENT_BYTES.get(profile.dtype or "", 4)
     return Rate(
         prefill=arithmetic / (2 * parameters),
-        pass_seconds=max(active / memory_rate, 2 * parameters * rows / arithmetic),
+        pass_seconds=max(active / memory_rate, 2 * parameters * rows / arithmetic, profile.layer_count * LAYER_SECONDS),
         rows=float(rows),
         load_seconds=profile.weight_bytes / disk_rate if disk_rate else 0.0,
         spread=PROBED_SPREAD,

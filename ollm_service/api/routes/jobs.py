@@ -33,6 +33,7 @@ def submit_job(service: ServiceHere, raw: RawBody, response: Response) -> JobBod
     body, data = parse_body(JobRequest, raw)
     submission = Submission(
         model=body.model,
+        plan=body.plan,
         rows=body.rows,
         runtime=body.runtime or {},
         generation=body.generation or {},

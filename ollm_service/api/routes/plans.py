@@ -4,8 +4,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
+from ollm_service.api import requests
 from ollm_service.api.openapi import body_of, failures
-from ollm_service.api.requests import PreviewRequest, parse_body
+from ollm_service.api.requests import parse_body
 from ollm_service.api.routes.access import After, InJob, Limit, PlanId, RawBody, ServiceHere
 from ollm_service.api.shapes import (
     PlanDetailBody,
@@ -13,12 +14,14 @@ from ollm_service.api.shapes import (
     PreviewBody,
     RowProblem,
     RowsPreview,
+    main_placement,
     plan_body,
     plan_detail_body,
+    quote_body,
     verdict_body,
 )
 from ollm_service.coordinator.fleet import verdicts
-from ollm_service.coordinator.preview import Preview, preview
+from ollm_service.coordinator.preview import Preview, PreviewRequest, preview
 from ollm_service.coordinator.service import DEFAULT_TENANT
 from ollm_service.core.lifecycle import ExecutionState
 from ollm_service.core.wire import to_json
@@ -30,14 +33,21 @@ router = APIRouter(prefix="/v1/plans", tags=["plans"])
     "/preview",
     operation_id="previewPlan",
     summary="See what would run where, and why",
-    openapi_extra=body_of(PreviewRequest),
+    openapi_extra=body_of(requests.PreviewRequest),
     responses=failures(400, 401, 404, 413, 422, 503),
 )
 def preview_plan(service: ServiceHere, raw: RawBody) -> PreviewBody:
-    """The plan of a model reference and options, and what each worker says to it. Nothing is stored."""
-    body, _ = parse_body(PreviewRequest, raw)
-    found = preview(service, body.model, body.runtime or {}, body.generation or {}, body.where, body.rows)
-    return _body(found, body.model)
+    """The plan of a model reference and options, what each worker says to it, and with rows a quote. No job is stored."""
+    body, _ = parse_body(requests.PreviewRequest, raw)
+    asked = PreviewRequest(
+        model=body.model,
+        rows=body.rows,
+        runtime=body.runtime or {},
+        generation=body.generation or {},
+        where=body.where,
+        if_workers=body.if_workers or (),
+    )
+    return _body(preview(service, asked), body.model)
 
 
 @router.get("", operation_id="listAllPlans", summary="List plans of all jobs", responses=failures(400, 401, 404, 503))
@@ -65,7 +75,11 @@ def _body(found: Preview, model: str) -> PreviewBody:
     drafted, rows = found.draft, found.rows
     plan = drafted.planned.plan
     return PreviewBody(
+        id=found.preview_id,
         model=model,
+        plan=plan.as_dict(),
+        placement=main_placement(found.quote) if found.quote else None,
+        quote=quote_body(found.quote) if found.quote else None,
         executable=plan.is_executable(),
         runtime_plan=plan.as_dict(),
         resolved_model=to_json(plan.resolved_model),

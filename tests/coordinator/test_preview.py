@@ -1,0 +1,116 @@
+"""What does a preview promise, and does a submission keep it?"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ollm_service.coordinator.preview import Preview, PreviewRequest, preview
+from ollm_service.coordinator.service import DEFAULT_TENANT, Service
+from ollm_service.coordinator.submission import submit
+from ollm_service.core.capabilities import Device
+from ollm_service.core.errors import InvalidJob, InvalidOption, NotFound, PlanChanged, RequestError
+from ollm_service.core.leasing import AttemptReport
+from tests.coordinator.services import ROWS, submission
+from tests.store.samples import APPLIED, LIVE, PROFILE, answers, new_worker
+from tests.store.samples import capabilities as offers
+
+MODEL = replace(PROFILE, weight_bytes=1_000_000, layer_count=2, hidden_size=64, intermediate_size=256, kv_bytes_per_token=512)
+FAST = Device(
+    device_id="cpu", name="a CPU", memory_bytes=10**9, dtypes=("float32",), memory_rate=1e9, arithmetic={"float32": 1e9}
+)
+
+
+def fast_worker(service: Service, node: str = "attic") -> str:
+    """A worker with the model whose runner has told how fast its device is."""
+    return new_worker(service.store, node, models=(MODEL,), devices=(FAST,))
+
+
+def asked(service: Service, **changes: Any) -> Preview:
+    """A preview of the usual two rows."""
+    return preview(service, PreviewRequest(**({"model": "tiny", "rows": ROWS} | changes)))
+
+
+def test_rows_are_quoted_and_nothing_is_stored(service: Service) -> None:
+    """Tokens, a time with its range, and the worker's part; no job comes of it."""
+    fast_worker(service)
+    quote = asked(service, generation={"max_new_tokens": 10}).quote
+    assert quote is not None
+    assert (quote.row_count, quote.most_output_tokens, quote.is_measured) == (2, 20, False)
+    assert quote.seconds is not None
+    (part,) = quote.workers
+    assert (part.name, part.share, part.refused) == ("attic", 1.0, ())
+    assert not service.store.jobs.list(DEFAULT_TENANT, limit=1)
+
+
+def test_what_attempts_measured_is_what_quotes_go_by(service: Service) -> None:
+    """After one attempt on the same device and tier, the quote is measured and follows its figures."""
+    worker = fast_worker(service)
+    before = asked(service).quote
+    assert before is not None
+    placement = before.workers[0].placement
+    assert placement is not None
+    submit(service, submission())
+    figures = {"prefill_tokens": 10, "prefill_seconds": 10.0, "decode_tokens": 10, "decode_passes": 10, "decode_seconds": 50.0}
+    report = AttemptReport(
+        runtime_plan=APPLIED,
+        placement={"tier": placement.tier},
+        measured={**figures, "device": FAST.name, "backend": "optimized-native"},
+    )
+    (known,) = service.store.leases.new_classes(0)
+    claimed = service.store.leases.claim(worker, "0f0e0d0c-0000-4000-8000-000000000001", [known.class_id])
+    assert claimed is not None
+    service.store.leases.record(claimed.lease_id, answers(0, 1), report)
+    after = asked(service).quote
+    assert after is not None
+    assert (before.is_measured, after.is_measured) == (False, True)
+    assert after.workers[0].rate is not None
+    assert (after.workers[0].rate.prefill, after.workers[0].rate.pass_seconds) == (1.0, 5.0)
+
+
+def test_an_imagined_machine_takes_its_share(service: Service) -> None:
+    """By name or by description; it can do what the fleet's software can, and a wrong one is refused."""
+    fast_worker(service)
+    rows = [{"prompt": "x" * 400}] * 2_000
+    quote = asked(service, rows=rows, if_workers=["h200", {"name": "mine", "memory_bytes": 10**10}]).quote
+    assert quote is not None
+    here, h200, mine = quote.workers
+    assert (here.is_hypothetical, h200.is_hypothetical, h200.name, mine.name) == (False, True, "if h200", "if mine")
+    assert h200.share > here.share
+    assert mine.rate is None  # nobody has said how fast it is
+    for wrong in ("abacus", {"memory_bytes": "much"}, {"wheels": 4}, {"memory_bytes": -1}):
+        with pytest.raises(InvalidOption, match="if:"):
+            asked(service, if_workers=[wrong])
+
+
+def test_a_submission_runs_what_was_previewed(service: Service) -> None:
+    """Naming the preview is enough: its model and options are the job's."""
+    fast_worker(service)
+    shown = asked(service, runtime={"kv_cache_strategy": "paged"}, generation={"max_new_tokens": 3})
+    job = submit(service, submission(model=None, plan=shown.preview_id)).job
+    assert (job.model, job.config.kv_cache_strategy, job.generation.max_new_tokens) == ("tiny", "paged", 3)
+    (plan,) = service.store.jobs.plans(job.job_id, DEFAULT_TENANT)
+    assert plan.planned == shown.draft.planned.plan
+
+
+def test_a_submission_says_what_has_changed_since_the_preview(service: Service) -> None:
+    """Other rows, another model under the same name, other options: refused, each by name, and nothing is stored."""
+    worker = fast_worker(service)
+    shown = asked(service)
+    with pytest.raises(PlanChanged, match="the rows"):
+        submit(service, submission([{"prompt": "another"}], model=None, plan=shown.preview_id))
+    with pytest.raises(InvalidJob, match="`model` differs"):
+        submit(service, submission(model="other", plan=shown.preview_id))
+    with pytest.raises(NotFound, match="no preview pl_none"):
+        submit(service, submission(model=None, plan="pl_none"))
+    changed = offers("attic", models=(replace(MODEL, digest="e" * 64),), devices=(FAST,))
+    service.store.leases.register(worker, changed, LIVE, 1)
+    with pytest.raises(PlanChanged, match="required model_digest"):
+        submit(service, submission(model=None, plan=shown.preview_id))
+    assert not service.store.jobs.list(DEFAULT_TENANT, limit=1)
+
+
+def test_a_job_names_a_model_or_a_preview(service: Service) -> None:
+    """With neither there is nothing to run."""
+    with pytest.raises(RequestError, match="`model` is missing"):
+        submit(service, submission(model=None))
