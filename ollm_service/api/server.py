@@ -1,8 +1,9 @@
-"""How does a coordinator's process start, serve and end? `python -m ollm_service.api.server`, all settings from `OLLM_*`.
+"""How does a coordinator's process start, serve and end? `python -m ollm_service.api.server`, set up by `OLLM_*` and `ollm.toml`.
 
 Exit codes: 0 after SIGTERM or SIGINT, 1 when the database or the address cannot be had, 2 when a setting is wrong or unsafe.
 """
 
+import os
 import signal
 import socket
 import sys
@@ -14,12 +15,16 @@ from ollm_service.api.app import create_app
 from ollm_service.api.logs import log_to_stderr
 from ollm_service.api.middleware import is_loopback, key_hashes
 from ollm_service.bootstrap import build
+from ollm_service.configuration import read_options
 from ollm_service.coordinator.service import Service
 from ollm_service.coordinator.upkeep import Upkeep
 from ollm_service.core.errors import MisconfiguredService, OllmError
+from ollm_service.core.precedence import OptionLayers
 from ollm_service.settings import Settings
 
 GRACE_SECONDS = 5
+# A user who is told of a setting of this machine must not look for it on theirs.
+OWNER = "the server's"
 
 
 class Server(uvicorn.Server):
@@ -75,10 +80,10 @@ class AddressUnavailable(OllmError):
     code = "address_unavailable"
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, options: OptionLayers) -> None:
     """Serve until SIGTERM or SIGINT. Raises MisconfiguredService, AddressUnavailable and DatabaseUnavailable at the start."""
     check_is_safe(settings)
-    with bind(settings) as bound, build(settings) as service:
+    with bind(settings) as bound, build(settings, options) as service:
         config = uvicorn.Config(
             create_app(service),
             log_config=None,
@@ -105,7 +110,7 @@ def main() -> int:
     """Run the process; the exit code."""
     log_to_stderr()
     try:
-        serve(Settings.load())
+        serve(Settings.load(), read_options(os.environ, owner=OWNER))
     except OllmError as error:
         print(f"ollm-service: {error.message}" + (f" {error.remedy}" if error.remedy else ""), file=sys.stderr)  # noqa: T201
         return 2 if isinstance(error, MisconfiguredService) else 1

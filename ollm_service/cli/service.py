@@ -10,6 +10,7 @@ import typer
 
 from ollm_service.cli.embedded import EmbeddedService, schema_command, server_command, worker_command
 from ollm_service.cli.output import say
+from ollm_service.configuration import read_options
 from ollm_service.settings import Settings
 
 database = typer.Typer(help="The database.", no_args_is_help=True)
@@ -23,17 +24,19 @@ def up(
 ) -> None:
     """Run everything on this machine, in the foreground: server, workers and an embedded database."""
     settings = Settings.load(port=port, data_dir=data_dir, models_dir=models_dir)
+    read_options(os.environ)  # the server will: better refused here than in its log
     raise typer.Exit(EmbeddedService(settings, workers=workers).run())
 
 
 def serve() -> None:
-    """Run one coordinator, set up by OLLM_* variables."""
+    """Run one coordinator, set up by OLLM_* variables and ollm.toml."""
     Settings.load()
+    read_options(os.environ)
     os.execv(sys.executable, server_command())
 
 
 def worker() -> None:
-    """Run one worker, set up by OLLM_* variables; the same as `celery -A workers.app worker`."""
+    """Run one worker, set up by OLLM_* variables and ollm.toml; the same as `celery -A workers.app worker`."""
     Settings.load()
     os.execv(sys.executable, worker_command())
 

@@ -15,6 +15,7 @@ import pytest
 
 from ollm_service.api.server import bind, serve
 from ollm_service.core.errors import MisconfiguredService
+from ollm_service.core.precedence import OptionLayers
 from ollm_service.settings import Settings
 from ollm_service.store.database import open_database
 from tests.servers import Blackhole, refused_port
@@ -147,7 +148,31 @@ def test_an_unsafe_address_is_a_sentence_and_exit_code_2(tmp_path: Path) -> None
 def test_a_wrong_setting_names_itself(settings: dict[str, str], said: str, tmp_path: Path) -> None:
     """And so does a database that has no schema yet: it names the command that makes one."""
     with pytest.raises(MisconfiguredService, match=said):
-        serve(Settings.load(**{"data_dir": str(tmp_path), "port": "0", **settings}))
+        serve(Settings.load(**{"data_dir": str(tmp_path), "port": "0", **settings}), OptionLayers())
+
+
+def test_a_server_fills_in_what_a_request_leaves_open(url: str, tmp_path: Path) -> None:
+    """From its environment, then its file, which are read at its start; what contradicts them is told whose they are."""
+    file = tmp_path / "server.toml"
+    file.write_text("[generation]\nmax_new_tokens = 9\n[runtime]\nstrategy_selector_profile = 'latency'\ndevice = 'cpu'")
+    variables = {"config_file": str(file), "runtime__strategy_selector_profile": "capacity"}
+    with server(database_url=url, **variables) as (_, base), httpx.Client(base_url=base, trust_env=False) as http:
+        store = open_database(url, lease_ms=30_000)
+        new_worker(store, "attic")
+        store.close()
+        rows = [{"prompt": "a"}]
+        asked = http.post("/v1/jobs", json={"model": "tiny", "rows": rows, "runtime": {"device": None}}).json()
+        assert http.get(f"/v1/jobs/{asked['id']}").json()["generation"] == {"max_new_tokens": 9}
+        assert http.get(f"/v1/jobs/{asked['id']}").json()["runtime"] == {"strategy_selector_profile": "capacity"}
+        refused = http.post("/v1/jobs", json={"model": "tiny", "rows": rows, "runtime": {"offload_cpu_layers": 1}}).json()
+        assert f"device by the server's {file}, [runtime] device" in refused["error"]["message"]
+
+
+def test_wrong_options_end_a_server_at_its_start(tmp_path: Path) -> None:
+    """With status 2 and the variable, before anybody asks for anything."""
+    result = ended(data_dir=str(tmp_path), runtime__device="gpu")
+    assert result.returncode == 2
+    assert "the server's OLLM_RUNTIME__DEVICE: `gpu` is not known" in result.stderr
 
 
 def test_it_logs_requests_without_keys_or_prompts(url: str, tmp_path: Path) -> None:
