@@ -77,7 +77,7 @@ TRANSITIONS: Mapping[tuple[ExecutionState, Event], ExecutionState] = MappingProx
         (_S.QUEUED, _E.CLAIM): _S.LEASED,
         (_S.QUEUED, _E.CANCEL): _S.CANCELLED,
         (_S.QUEUED, _E.EXPIRE): _S.EXPIRED,
-        (_S.QUEUED, _E.FINISH): _S.SUCCEEDED,  # at submission, when every row was invalid by itself
+        (_S.QUEUED, _E.FINISH): _S.SUCCEEDED,  # every row was invalid by itself at submission, or was skipped
         (_S.LEASED, _E.START): _S.RUNNING,
         (_S.RUNNING, _E.START): _S.RUNNING,  # the reply to the first start was lost
         (_S.LEASED, _E.RECORD): _S.RUNNING,

@@ -13,6 +13,7 @@ from ollm_service.core.plan import PLAN_SCHEMA_VERSION, RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements, class_id
 from ollm_service.core.wire import to_json
+from ollm_service.store.amending import Amended, Amendment, amend
 from ollm_service.store.columns import as_text, now_ms, undecoded
 from ollm_service.store.engine import Database
 from ollm_service.store.mapping import attempt_view, event_view, job_view, plan_view_if_readable, shown_columns
@@ -29,6 +30,7 @@ MODEL_NOT_PRESENT = "model-not-present"
 # A decline counts for its plan's condition for this long after it ended, so that the condition does not flicker between polls.
 _DECLINE_COUNTS_MS = 30_000
 _PLAN = runtime_plans.c
+_JOBS = select(*undecoded(jobs.c))
 
 
 class Jobs:
@@ -84,7 +86,7 @@ class Jobs:
         """The newest jobs first, from behind the job `after`. Raises NotFound when that one is not there."""
 
         def work(connection: Connection) -> Sequence[JobView]:
-            query = select(jobs).where(jobs.c.tenant_id == tenant_id)
+            query = _JOBS.where(jobs.c.tenant_id == tenant_id)
             if after is not None:
                 last = _job(connection, after, tenant_id)
                 older = (jobs.c.created_ms == last.created_ms) & (jobs.c.id < after)
@@ -194,6 +196,23 @@ class Jobs:
                     connection.execute(flagged)
                     append_event(connection, plan, "cancel-requested", from_state=plan.state, to_state=plan.state)
             return _job(connection, job_id, tenant_id)
+
+        return self._database.write(work)
+
+    # --- amending
+
+    def amend(
+        self, job_id: str, tenant_id: str, amendment: Amendment | None, *, skip: Collection[int] = ()
+    ) -> tuple[JobView, Amended]:
+        """Give a job's queued plans other options, and answer these rows of theirs with the error `skipped`.
+
+        Plans that are held or final stay as they are. Raises NotFound, and Conflict where somebody else amended the job since
+        `amendment.before` was read; then nothing is changed.
+        """
+
+        def work(connection: Connection) -> tuple[JobView, Amended]:
+            amended = amend(connection, job_id, tenant_id, amendment, skip)
+            return _job(connection, job_id, tenant_id), amended
 
         return self._database.write(work)
 
@@ -315,7 +334,7 @@ def _job(connection: Connection, job_id: str, tenant_id: str) -> JobView:
 
 
 def _job_or_none(connection: Connection, job_id: str, tenant_id: str) -> JobView | None:
-    found = _job_views(connection, select(jobs).where(jobs.c.id == job_id, jobs.c.tenant_id == tenant_id))
+    found = _job_views(connection, _JOBS.where(jobs.c.id == job_id, jobs.c.tenant_id == tenant_id))
     return found[0] if found else None
 
 

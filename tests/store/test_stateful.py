@@ -123,6 +123,19 @@ class StoreMachine(RuleBasedStateMachine):
             elif plan.job_id == job_id and plan.state == "queued":
                 plan.leave("cancelled")
 
+    @precondition(lambda self: self.plans)
+    @rule(data=st.data(), picks=st.sets(st.integers(0, 5), max_size=3))
+    def skip(self, data: st.DataObject, picks: set[int]) -> None:
+        """Rows of waiting plans are answered, which ends a plan that has no others; rows that somebody holds are left."""
+        job_id = data.draw(st.sampled_from(sorted({plan.job_id for plan in self.plans.values()})))
+        waiting = [plan for plan in self.plans.values() if plan.job_id == job_id and plan.state == "queued"]
+        _, amended = self.store.jobs.amend(job_id, TENANT, None, skip=picks)
+        assert amended.rows_skipped == sum(len((plan.rows & picks) - plan.answered) for plan in waiting)
+        for plan in waiting:
+            plan.answered |= plan.rows & picks
+            if plan.answered == plan.rows:
+                plan.leave("succeeded")
+
     # --- workers
 
     @rule(target=leases, node=st.sampled_from(NODES))
