@@ -120,8 +120,8 @@ class JobBody(BaseModel):
     usage: Usage
     plans_total: int
     plans: list[PlanBody]
-    runtime: dict[str, Any]
-    generation: dict[str, Any]
+    runtime: dict[str, Any] | None = Field(description="Null where a newer release's options cannot be read.")
+    generation: dict[str, Any] | None
     priority: int
     where: str | None
     retry_of: str | None = Field(description="The job whose failed rows these are.")
@@ -256,8 +256,8 @@ def job_body(job: JobView, plans: Sequence[PlanView]) -> JobBody:
         usage=Usage(prompt_tokens=job.prompt_tokens, completion_tokens=job.completion_tokens),
         plans_total=job.plans_total,
         plans=[plan_body(plan) for plan in plans],
-        runtime=job.config.as_dict(),
-        generation=job.generation.as_dict(),
+        runtime=job.config.as_dict() if job.config else None,
+        generation=job.generation.as_dict() if job.generation else None,
         priority=job.priority,
         where=job.where,
         retry_of=job.retry_of,

@@ -98,6 +98,10 @@ def retry(service: Service, job_id: str, tenant_id: str, idempotency_key: str | 
     old = service.store.jobs.get(job_id, tenant_id)
     if not old.state.is_final:
         raise Conflict(f"Job {job_id} is still {old.state}.", remedy="Wait until it has ended, or cancel it first.")
+    if old.config is None or old.generation is None:
+        raise Conflict(
+            f"The options of job {job_id} cannot be read.", remedy="A newer release may have written them: upgrade this one."
+        )
     failed = [row for row in service.store.jobs.failed_rows(job_id, tenant_id) if row.request]
     if not failed:
         raise Conflict(

@@ -55,7 +55,7 @@ def shown_columns(plan: RuntimePlan) -> dict[str, Any]:
 
 
 def job_view(row: Row[Any] | SimpleNamespace, plan_states: Mapping[str, int], finished_ms: int | None) -> JobView:
-    """A job, given how many of its plans are in which state and when the last of them ended."""
+    """A job, its JSON as text, given how many of its plans are in which state and when the last of them ended."""
     state = job_state(ExecutionState(name) for name in plan_states)
     return JobView(
         job_id=row.id,
@@ -70,8 +70,8 @@ def job_view(row: Row[Any] | SimpleNamespace, plan_states: Mapping[str, int], fi
         plans_total=row.plans_total,
         priority=row.priority,
         where=row.where_clause,
-        config=from_json(RuntimeConfig, row.config),
-        generation=from_json(GenerationConfig, row.generation),
+        config=decoded_or_none(RuntimeConfig, row.config),
+        generation=decoded_or_none(GenerationConfig, row.generation),
         retry_of=row.retry_of,
         created_ms=row.created_ms,
         finished_ms=finished_ms if state.is_final else None,

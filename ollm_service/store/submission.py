@@ -15,7 +15,7 @@ from ollm_service.core.plan import PLAN_SCHEMA_VERSION, RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements, class_id
 from ollm_service.core.wire import to_json
-from ollm_service.store.columns import now_ms
+from ollm_service.store.columns import encode_json, now_ms
 from ollm_service.store.mapping import job_view, shown_columns
 from ollm_service.store.tables import counters, job_rows, jobs, plan_classes, plan_events, results, runtime_plans
 from ollm_service.store.transitions import INSERT_BATCH
@@ -115,7 +115,8 @@ def insert_job(connection: Connection, job: NewJob) -> JobView:
     states = _insert_plans(connection, job, {row.row for row in invalid}, at_ms, deadline)
     # Last, since a new class keeps the counter locked until the commit.
     ensure_classes(connection, [plan.requirements for plan in job.plans])
-    return job_view(SimpleNamespace(**values), states, at_ms)
+    texts = {name: encode_json(values[name]) for name in ("config", "generation")}
+    return job_view(SimpleNamespace(**values | texts), states, at_ms)
 
 
 def _insert_all(connection: Connection, statement: Insert, values: Sequence[dict[str, Any]]) -> None:

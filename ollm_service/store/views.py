@@ -15,7 +15,10 @@ from ollm_service.core.requirements import Requirements
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobView:
-    """A job. `succeeded`, `failed` and `pending` count rows and always sum to `row_count`."""
+    """A job. `succeeded`, `failed` and `pending` count rows and always sum to `row_count`.
+
+    `config` and `generation` are None where what is stored cannot be decoded, as after a newer release wrote it.
+    """
 
     job_id: str
     tenant_id: str
@@ -29,8 +32,8 @@ class JobView:
     plans_total: int
     priority: int
     where: str | None
-    config: RuntimeConfig
-    generation: GenerationConfig
+    config: RuntimeConfig | None
+    generation: GenerationConfig | None
     retry_of: str | None
     created_ms: int
     finished_ms: int | None

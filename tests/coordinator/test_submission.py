@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ollm_service.coordinator.preview import preview
+from ollm_service.coordinator.preview import PreviewRequest, preview
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
 from ollm_service.coordinator.submission import ROWS_PER_PLAN, retry, submit
 from ollm_service.core.errors import (
@@ -93,7 +93,7 @@ def test_as_many_workers_are_woken_as_there_are_plans(service: Service) -> None:
         ({"model": "   "}, InvalidReference, "model"),
         ({"model": "unheard-of"}, ModelNotFound, "model"),
         ({"model": "spoilt"}, PlanNotExecutable, "model"),
-        ({"runtime": {"offload_cpu_layers": 2}}, PlanNotExecutable, "model"),
+        ({"runtime": {"offload_gpu_layers": 2}}, PlanNotExecutable, "model"),
     ],
 )
 def test_what_is_wrong_as_a_whole_is_refused_and_leaves_nothing(
@@ -206,7 +206,7 @@ def test_retry_is_refused_while_a_job_runs_and_when_nothing_failed(service: Serv
 def test_a_preview_stores_nothing_and_names_every_worker(service: Service) -> None:
     """It gives the plan, each worker's verdict with reasons, and the rows that would fail."""
     able, unable = new_worker(service.store, "able"), new_worker(service.store, "unable", models=())
-    found = preview(service, "tiny", {}, {}, None, [*ROWS, 7])
+    found = preview(service, PreviewRequest(model="tiny", rows=[*ROWS, 7]))
     assert found.draft.planned.plan.backend_id == BackendId.OPTIMIZED_NATIVE
     assert {verdict.worker_id: verdict.is_eligible for verdict in found.verdicts} == {able: True, unable: False}
     assert all(verdict.reasons for verdict in found.verdicts if not verdict.is_eligible)
@@ -218,7 +218,7 @@ def test_a_preview_stores_nothing_and_names_every_worker(service: Service) -> No
 def test_a_preview_shows_a_plan_that_cannot_be_executed(service: Service) -> None:
     """Where a submission is refused with 422, a preview shows the plan with its reason and no requirements."""
     new_worker(service.store)
-    found = preview(service, "tiny", {"offload_cpu_layers": 2}, {}, None, None)
+    found = preview(service, PreviewRequest(model="tiny", runtime={"offload_gpu_layers": 2}))
     assert not found.draft.planned.plan.is_executable()
-    assert "cpu-offload" in found.draft.planned.plan.reason
+    assert "gpu-offload" in found.draft.planned.plan.reason
     assert (found.draft.requirements, found.verdicts, found.rows) == (None, (), None)

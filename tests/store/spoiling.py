@@ -9,7 +9,7 @@ BROKEN = '{"priv'
 
 def spoil(url: str, table: str, column: str, row_id: str) -> None:
     """Make one row's JSON in this column end early."""
-    key = {"runtime_plans": "id", "plan_classes": "class_id", "workers": "id"}[table]
+    key = {"jobs": "id", "runtime_plans": "id", "plan_classes": "class_id", "workers": "id"}[table]
     engine = connect(parse_url(url))
     with engine.begin() as connection:
         statement = text(f"UPDATE {table} SET {column} = :broken WHERE {key} = :row")

@@ -3,6 +3,7 @@
 import pytest
 
 from ollm_service.core.errors import NotFound, ServiceError
+from ollm_service.core.lifecycle import JobState
 from ollm_service.store.database import Store
 from ollm_service.store.views import PlanView, UnreadablePlan
 from tests.store.ageing import let_time_pass
@@ -53,6 +54,19 @@ def test_an_unreadable_worker_is_left_out(store: Store, store_url: str, column: 
     (held,) = store.fleet.inventory()[1]
     assert well in held.workers
     assert (spoilt in held.workers) == (column == "live")
+
+
+@pytest.mark.parametrize("column", ["config", "generation"])
+def test_an_unreadable_job_is_shown_without_its_options(store: Store, store_url: str, column: str) -> None:
+    """It stands in the list with its counts, can be looked at and can be cancelled."""
+    well, spoilt = new_job(), new_job()
+    store.jobs.submit(well)
+    store.jobs.submit(spoilt)
+    spoil(store_url, "jobs", column, spoilt.job_id)
+    assert {job.job_id for job in store.jobs.list(TENANT)} == {well.job_id, spoilt.job_id}
+    assert getattr(store.jobs.get(well.job_id, TENANT), column) is not None
+    assert getattr(store.jobs.get(spoilt.job_id, TENANT), column) is None
+    assert store.jobs.cancel(spoilt.job_id, TENANT).state == JobState.CANCELLED
 
 
 @pytest.mark.parametrize("way", ["expire", "reap", "cancel"])
