@@ -26,7 +26,7 @@ def run_process(*arguments: str, base_url: str, folder: Path, given: bytes = b""
     done = subprocess.run(
         [sys.executable, "-m", "ollm_service.cli", *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OLLM_BASE_URL": base_url},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **_environment(base_url, folder)},
         input=given,
         capture_output=True,
         check=False,
@@ -37,7 +37,7 @@ def run_process(*arguments: str, base_url: str, folder: Path, given: bytes = b""
 
 def run_here(*arguments: str, base_url: str, folder: Path, given: bytes = b"") -> subprocess.CompletedProcess[str]:
     """The same in this process, which saves a second of imports. Whatever is not an exit is raised."""
-    streams = CliRunner().isolation(given, {"OLLM_BASE_URL": base_url})
+    streams = CliRunner().isolation(given, _environment(base_url, folder))
     with contextlib.chdir(folder), streams as (stdout, stderr, _):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
@@ -47,6 +47,11 @@ def run_here(*arguments: str, base_url: str, folder: Path, given: bytes = b"") -
     code = ended.value.code
     assert code is None or isinstance(code, int), code
     return subprocess.CompletedProcess(arguments, code or 0, printed, told)
+
+
+def _environment(base_url: str, folder: Path) -> dict[str, str]:
+    """Where the service is, and a place for what the command remembers."""
+    return {"OLLM_BASE_URL": base_url, "XDG_STATE_HOME": str(folder / "state")}
 
 
 @pytest.fixture
