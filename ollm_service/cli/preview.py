@@ -8,6 +8,7 @@ import typer
 
 from ollm_service.cli import previewed_files
 from ollm_service.cli.input_rows import STDIN, read_rows
+from ollm_service.cli.offline import preview_offline
 from ollm_service.cli.options import Choices, takes_choices
 from ollm_service.cli.output import NOT_EXECUTABLE, AsJson, bytes_in_words, count, print_facts, print_json, print_table, say
 from ollm_service.client import Client, Preview
@@ -32,6 +33,9 @@ def preview(
     imagined: Annotated[
         list[str] | None, typer.Option("--if", metavar="NAME|FILE.json", help="Quote as if this machine were there, too.")
     ] = None,
+    models_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Plan for a worker with this models folder; needs no service.")
+    ] = None,
     why: Annotated[bool, typer.Option("--why", help="Show every byte, pass and refusal.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -41,15 +45,20 @@ def preview(
     wanted = name or (read.model if read else None)
     if wanted is None:
         raise InvalidOption("MODEL", "say which model, such as `ollm-service preview rows.jsonl -m llama3-1B-chat`")
-    with Client() as client:
-        found = client.preview(
-            wanted,
-            choices.runtime,
-            choices.generation,
-            where=where,
-            rows=None if read is None else read.rows,
-            if_workers=[_machine(text) for text in imagined or ()],
-        )
+    if models_dir is not None:
+        if read is not None or imagined:
+            raise InvalidOption("--models-dir", "plans without a service, which alone quotes rows; leave out FILE and --if")
+        found = preview_offline(models_dir, wanted, choices, where=where)
+    else:
+        with Client() as client:
+            found = client.preview(
+                wanted,
+                choices.runtime,
+                choices.generation,
+                where=where,
+                rows=None if read is None else read.rows,
+                if_workers=[_machine(text) for text in imagined or ()],
+            )
     if found.id is not None and file not in (None, STDIN):
         previewed_files.remember(found.id, str(file), prompt_column)
     if as_json:
