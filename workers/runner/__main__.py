@@ -15,6 +15,7 @@ from typing import NoReturn, Protocol
 
 from ollm_service.core.wire import AttemptFailed, Execute, Hello, Progress, Speed
 from workers.runner.channel import Channel, Inbox
+from workers.runner.memory import give_back_what_is_freed
 from workers.runner.progress import Report
 
 _LOG = logging.getLogger("workers.runner")
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str], make_engine: Callable[[], Executes] = load_en
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     channel.send(Hello(pid=os.getpid(), versions={name: version(name) for name in ("torch", "transformers")}))
     channel.send(Progress(stage="importing"))
+    give_back_what_is_freed()
     engine = make_engine()
     channel.send(measure_speed())
 

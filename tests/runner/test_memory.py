@@ -1,0 +1,42 @@
+"""Does a runner's process hold what lives in it, and no more?"""
+
+import subprocess
+import sys
+
+import pytest
+
+from workers.runner.memory import host_bytes, peak_host_bytes
+
+MIB = 1024**2
+# Freeing 30 MiB teaches glibc to keep blocks of up to that size in its heap, where the last one holds all before it.
+_FREE_BEHIND_A_LAST_BLOCK = """
+import torch
+from workers.runner.memory import give_back_what_is_freed, host_bytes
+if {is_given_back}:
+    give_back_what_is_freed()
+torch.ones(30 * 1024**2, dtype=torch.uint8)
+before = host_bytes()
+blocks = [torch.ones(4 * 1024**2, dtype=torch.uint8) for _ in range(50)]
+del blocks[:-1]
+print(host_bytes() - before)
+"""
+
+
+def left_over(*, is_given_back: bool) -> int:
+    """The bytes that a process holds after all but the last of 50 tensors of 4 MiB are gone."""
+    script = _FREE_BEHIND_A_LAST_BLOCK.format(is_given_back=is_given_back)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return int(ended.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_what_is_freed_is_given_back() -> None:
+    """Tensors that are gone take no memory, whatever lies behind them; by itself the C library would keep it."""
+    assert left_over(is_given_back=True) < 20 * MIB
+    assert left_over(is_given_back=False) > 100 * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_the_peak_is_at_least_what_is_held() -> None:
+    """Both are read, in bytes."""
+    assert peak_host_bytes() >= host_bytes() > MIB
