@@ -13,7 +13,7 @@ from pathlib import Path
 from ollm_service.core.capabilities import CacheDisk, Capabilities, Device, LiveState
 from ollm_service.core.labels import Attributes
 from ollm_service.core.options import KVCacheStrategy
-from ollm_service.core.plan import BackendId, PassId
+from ollm_service.core.plan import BackendId, GenericModelKind, NativeFamily, PassId
 from ollm_service.core.profile import ModelProfile
 from workers.cache_folder import DiskRates, NoCacheFolder, check_writable, free_bytes, measure, total_bytes
 from workers.host_memory import HostMemory, host_memory, private_bytes
@@ -22,6 +22,8 @@ from workers.nvml import Gpu, Nvml, NvmlUnavailable, visible
 CPU_DTYPES = ("float64", "float32", "bfloat16", "float16")
 NOT_IN_THIS_ENGINE = "not in this version of the engine"
 RUNNER_LIBRARIES = ("torch", "transformers", "safetensors")
+# What a model may be of: the generic kinds, and a family whose models are of none.
+KINDS = (*(kind.value for kind in GenericModelKind), NativeFamily.VOXTRAL.value)
 GPU_SECONDS = 1.0  # how long an answer of the driver is good for
 _PACKAGE = "ollm-service"
 _log = logging.getLogger(__name__)
@@ -66,6 +68,8 @@ class Probe:
             backends={backend.value: backend_reason for backend in BackendId},
             passes={pass_id: _pass_reason(pass_id, reason) for pass_id in PassId},
             kv_strategies={strategy.value: _strategy_reason(strategy, reason) for strategy in KVCacheStrategy},
+            kinds={kind: _kind_reason(kind) for kind in KINDS},
+            no_adapters_because=NOT_IN_THIS_ENGINE,
             models=models,
             cache_disk=None if reason else self._cache_disk(next(iter(cache_folders))),
             labels=self._claims.labels,
@@ -170,6 +174,10 @@ def _pass_reason(pass_id: PassId, no_cache_because: str | None) -> str | None:
     if pass_id is PassId.DISK_CACHE:
         return no_cache_because
     return None if pass_id is PassId.MLP_CHUNKING else NOT_IN_THIS_ENGINE
+
+
+def _kind_reason(kind: str) -> str | None:
+    return None if kind == GenericModelKind.CAUSAL_LM else NOT_IN_THIS_ENGINE
 
 
 def _strategy_reason(strategy: KVCacheStrategy, no_cache_because: str | None) -> str | None:

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ollm_service.core.matching import Match, match
-from ollm_service.core.planning import HeldModel
 from ollm_service.core.requirements import Requirements
+from ollm_service.core.resolution import HeldModel
 from ollm_service.store.database import Store
 from ollm_service.store.jobs import MODEL_NOT_PRESENT, NO_CAPABLE_WORKER
 from ollm_service.store.views import WorkerView

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ollm_service.core.plan import PassId
+from ollm_service.core.plan import GenericModelKind, PassId
 from ollm_service.core.profile import ModelProfile
 
 
@@ -43,8 +43,9 @@ class CacheDisk:
 class Capabilities:
     """What one worker advertises: everything that changes seldom. What it has free now is `LiveState`.
 
-    `passes` maps every pass to None when the worker can apply it, else to the reason why it cannot; the same for `backends`
-    and `kv_strategies`. `labels` are the operator's; numbers compare as numbers.
+    `passes` maps every pass to None when the worker can apply it, else to the reason why it cannot; the same for `backends`,
+    `kv_strategies` and `kinds` (see `Requirements.kind`). `no_adapters_because` is None where it can put an adapter on a model.
+    The defaults are for workers that say nothing of either. `labels` are the operator's; numbers compare as numbers.
     """
 
     node: str
@@ -54,6 +55,8 @@ class Capabilities:
     backends: Mapping[str, str | None]
     passes: Mapping[PassId, str | None]
     kv_strategies: Mapping[str, str | None]
+    kinds: Mapping[str, str | None] = field(default_factory=lambda: {GenericModelKind.CAUSAL_LM.value: None})
+    no_adapters_because: str | None = "not known to this worker"
     models: tuple[ModelProfile, ...] = ()
     cache_disk: CacheDisk | None = None
     may_download: bool = False

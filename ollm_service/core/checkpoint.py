@@ -115,6 +115,7 @@ def profile_of(
         kind=kind,
         modalities=modalities,
         requires_processor=kind is GenericModelKind.IMAGE_TEXT_TO_TEXT or ModelModality.AUDIO in modalities,
+        has_processor=has_processor,
         dtype=dtype,
         weight_bytes=weights.total,
         parameter_count=weights.parameter_count,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ollm_service.core.capabilities import Capabilities, Device
 from ollm_service.core.labels import satisfies
 from ollm_service.core.options import KVCacheStrategy
+from ollm_service.core.plan import PassId
 from ollm_service.core.requirements import Requirements
 
 GIB = 1024**3
@@ -80,6 +81,12 @@ def _shortfalls(requirements: Requirements, capabilities: Capabilities) -> Itera
         lacking = capabilities.passes.get(pass_id, "not known to this worker")
         if lacking is not None:
             yield f"pass {pass_id}: {lacking}"
+    if requirements.kind is not None:
+        lacking = capabilities.kinds.get(requirements.kind, "not known to this worker")
+        if lacking is not None:
+            yield f"models of kind {requirements.kind}: {lacking}"
+    if requirements.adapter and capabilities.no_adapters_because is not None:
+        yield f"adapters: {capabilities.no_adapters_because}"
     strategy = requirements.kv_cache_strategy
     if strategy not in (None, KVCacheStrategy.RESIDENT):
         lacking = capabilities.kv_strategies.get(str(strategy), "not known to this worker")
@@ -107,9 +114,12 @@ def _size_shortfalls(requirements: Requirements, capabilities: Capabilities) -> 
     able = able_devices(requirements, capabilities)
     if not able:
         yield f"dtype {requirements.dtype}: not computed by {', '.join(device.device_id for device in devices)}"
-    elif all(device.memory_bytes < requirements.memory_bytes for device in able):
+    else:
+        offloads = capabilities.passes.get(PassId.CPU_OFFLOAD, "not known to this worker") is None
+        needed = requirements.offloaded_bytes if offloads else requirements.memory_bytes
         largest = max(able, key=lambda device: device.memory_bytes)
-        yield f"memory: {requirements.memory_bytes:,} bytes needed, {largest.device_id} has {largest.memory_bytes:,}"
+        if largest.memory_bytes < needed:
+            yield f"memory: {needed:,} bytes needed, {largest.device_id} has {largest.memory_bytes:,}"
     disk = capabilities.cache_disk.total_bytes if capabilities.cache_disk else 0
     if disk < requirements.cache_bytes:
         yield f"cache disk: {requirements.cache_bytes:,} bytes needed, {disk:,} there"

@@ -12,7 +12,8 @@ class ModelProfile:
 
     Sizes are in bytes, lengths in tokens. `digest` is the sha256 over weights, configuration, tokenizer and chat template: equal
     digests are equal models. `refs` are the branches and tags that name `revision`, as far as the folder knows.
-    `unsafe_because` says why the folder is refused; such a model is never planned. `has_gds_export`: there is a raw export of
+    `unsafe_because` says why the folder is refused; such a model is never planned. `has_processor`: a processor's or
+    preprocessor's configuration is there. `has_gds_export`: there is a raw export of
     its weights that may be read; `gds_export_problem` says why one that is there may not.
 
     Weights, as loaded in `dtype`: `weight_bytes` all of them; `layer_bytes` each decoder layer, routed experts included, empty
@@ -33,6 +34,7 @@ class ModelProfile:
     kind: GenericModelKind | None = None
     modalities: tuple[ModelModality, ...] = (ModelModality.TEXT,)
     requires_processor: bool = False
+    has_processor: bool = False
     dtype: str | None = None
     weight_bytes: int = 0
     parameter_count: int = 0

@@ -17,10 +17,13 @@ SMALLEST_CACHE_BYTES = 16 * 1024**2
 class Requirements:
     """What a worker must offer. Only what the user demanded is hard; preferences are left to placement.
 
-    `memory_bytes` is what the smallest tier of the placement ladder needs on the device, `cache_bytes` what a demanded disk
-    cache needs at the least. Both follow from the model and the options alone, never from the rows, so that classes stay few.
-    `model_digest` null with `download` set means that the worker must be allowed to fetch that repository; one excludes the
-    other. Raises ValueError for both, InvalidExpression for a `where` that is no label expression.
+    `memory_bytes` is what the whole model takes on one device, `offloaded_bytes` what is enough on a worker that can keep layers
+    off the device; `cache_bytes` what a demanded disk cache needs at the least. They follow from the model and the options alone,
+    never from the rows, so that classes stay few. `model_digest` null with `download` set means that the worker must be allowed
+    to fetch that repository; one excludes the other. `kind` is the kind of model that it must run; for a model of no generic
+    kind, which only its family's provider can run, the family; null where neither is known yet. `adapter` demands that it can put
+    an adapter on the model. Raises ValueError for a digest and a download together, InvalidExpression for a `where` that is no
+    label expression.
     """
 
     backend_id: str
@@ -30,8 +33,11 @@ class Requirements:
     kv_cache_strategy: str | None = None
     device: str | None = None
     dtype: str | None = None
+    kind: str | None = None
+    adapter: bool = False
     modalities: tuple[ModelModality, ...] = (ModelModality.TEXT,)
     memory_bytes: int = 0
+    offloaded_bytes: int = 0
     cache_bytes: int = 0
     where: str | None = None
 
@@ -51,8 +57,11 @@ class Requirements:
             "kv_cache_strategy": self.kv_cache_strategy,
             "device": self.device,
             "dtype": self.dtype,
+            "kind": self.kind,
+            "adapter": self.adapter,
             "modalities": [modality.value for modality in self.modalities],
             "memory_bytes": self.memory_bytes,
+            "offloaded_bytes": self.offloaded_bytes,
             "cache_bytes": self.cache_bytes,
             "where": self.where,
         }
@@ -92,11 +101,29 @@ def requirements_of(
         kv_cache_strategy=config.demanded_kv_strategy,
         device=config.device,
         dtype=profile.dtype if profile else None,
+        kind=_kind(plan, profile),
+        adapter=config.adapter_dir is not None,
         modalities=resolved.capabilities.modalities,
         memory_bytes=profile.weight_bytes if profile else 0,
+        offloaded_bytes=_offloaded(plan, profile) if profile else 0,
         cache_bytes=SMALLEST_CACHE_BYTES if PassId.DISK_CACHE in passes else 0,
         where=where,
     )
+
+
+def _offloaded(plan: RuntimePlan, profile: ModelProfile) -> int:
+    """What has to be on the device where layers may come and go: the largest of them, or the whole where none can be told."""
+    if not plan.supports_cpu_offload or not profile.layer_bytes:
+        return profile.weight_bytes
+    return max(profile.layer_bytes)
+
+
+def _kind(plan: RuntimePlan, profile: ModelProfile | None) -> str | None:
+    if profile is None:
+        return None
+    if plan.generic_model_kind is not None:
+        return plan.generic_model_kind.value
+    return profile.family.value if profile.family else None
 
 
 def _download(repo_id: str | None, revision: str | None) -> str | None:

@@ -8,9 +8,9 @@ from sqlalchemy import Connection, Row, case, func, select, update
 
 from ollm_service.core.capabilities import Capabilities
 from ollm_service.core.lifecycle import HELD_STATES, ExecutionState
-from ollm_service.core.planning import HeldModel
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements
+from ollm_service.core.resolution import HeldModel
 from ollm_service.store.columns import as_text, now_ms, undecoded
 from ollm_service.store.engine import Database
 from ollm_service.store.mapping import UNREADABLE, decoded_or_none, worker_view

@@ -52,6 +52,15 @@ def test_rows_may_be_texts_conversations_and_mappings(client: Client, service: S
     assert work[2].generation.seed == 4
 
 
+def test_a_job_that_waits_can_be_changed(client: Client, service: Service, worker_id: str) -> None:
+    """Options, labels and rows; the job knows its new state at once."""
+    job = client.submit("tiny", ["one", "two"], runtime=RuntimeConfig(kv_cache_strategy="paged"), where='zone == "moon"')
+    done = job.amend({"kv_cache_strategy": None}, where="any", skip_rows=[1])
+    assert (done.plans_amended, done.plans_kept, done.rows_skipped) == (1, 0, 1)
+    assert (job.counts.failed, job.plans[0].condition) == (1, None)
+    assert [row.prompt for row in claim_one(service, worker_id).rows] == ["one"]
+
+
 def test_a_row_that_is_wrong_fails_alone(client: Client, worker_id: str) -> None:
     """A row of another kind is sent as it is, and ends with the service's error for it."""
     job = client.submit("tiny", ["fine", 7])
@@ -176,7 +185,7 @@ def test_refusals_arrive_as_the_exceptions_that_were_raised(client: Client, work
         client.submit("tiny", ["a"], runtime={"kv_cache_strategy": "chunked"})
     assert option.value.param is not None
     with pytest.raises(PlanNotExecutable):
-        client.submit("tiny", ["a"], runtime={"offload_cpu_layers": 2})
+        client.submit("tiny", ["a"], runtime={"offload_gpu_layers": 2})
     with pytest.raises(InvalidExpression):
         client.submit("tiny", ["a"], where="zone = moon")
     with pytest.raises(NotFound):

@@ -88,6 +88,7 @@ profiles = st.builds(
     kind=maybe(st.sampled_from(GenericModelKind)),
     modalities=modalities,
     requires_processor=st.booleans(),
+    has_processor=st.booleans(),
     dtype=maybe(st.sampled_from(DTYPES)),
     weight_bytes=st.integers(0, 30 * GIB),
     parameter_count=counts,
@@ -228,6 +229,9 @@ devices = st.builds(
 )
 
 
+KINDS = [*(kind.value for kind in GenericModelKind), "voxtral"]
+
+
 def offers(keys: Any) -> st.SearchStrategy[Any]:
     """Some of these, each offered (null) or lacking for a reason."""
     return st.dictionaries(st.sampled_from(list(keys)), st.none() | st.just("not here"))
@@ -242,6 +246,8 @@ capabilities = st.builds(
     backends=offers([backend.value for backend in BackendId]),
     passes=offers(PassId),
     kv_strategies=offers([strategy.value for strategy in KVCacheStrategy]),
+    kinds=offers(KINDS),
+    no_adapters_because=maybe(st.just("not here")),
     models=st.lists(profiles, max_size=2).map(tuple),
     cache_disk=maybe(st.builds(CacheDisk, path=texts, total_bytes=counts, write_rate=maybe(ratios), read_rate=maybe(ratios))),
     may_download=st.booleans(),
@@ -262,7 +268,10 @@ CLAUSES: dict[str, st.SearchStrategy[Any]] = {
     "kv_cache_strategy": st.sampled_from([strategy.value for strategy in KVCacheStrategy]),
     "device": st.sampled_from([*DEVICE_IDS, "cuda"]),
     "dtype": st.sampled_from(DTYPES),
+    "kind": st.sampled_from(KINDS),
+    "adapter": st.just(value=True),
     "memory_bytes": st.integers(1, 64 * GIB),
+    "offloaded_bytes": st.integers(1, 64 * GIB),
     "cache_bytes": st.integers(1, 2**40),
     "where": st.sampled_from(EXPRESSIONS),
     "modalities": modalities,

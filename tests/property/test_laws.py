@@ -19,10 +19,11 @@ from ollm_service.core.options import GenerationConfig, KVCacheStrategy, Runtime
 from ollm_service.core.passes import Applied, Failed, PassOutcome
 from ollm_service.core.placement import MOST_ROWS, USABLE_FRACTION, Placement, Unplaceable, estimate_memory, place
 from ollm_service.core.plan import BackendId, PassId, RuntimePlan, SpecializationState
-from ollm_service.core.planning import HeldModel, plan
+from ollm_service.core.planning import plan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.reference import parse_reference
 from ollm_service.core.requirements import Requirements, demanded_passes, requirements_of
+from ollm_service.core.resolution import HeldModel
 from ollm_service.core.retry import LONGEST_BACKOFF_MS, Failure, GiveUp, Retry, decide
 from tests.property import strategies as some
 
@@ -66,7 +67,9 @@ def test_a_demand_that_is_widened_never_makes_a_refused_worker_eligible(
     for narrowed in (
         replace(base, passes=tuple(dict.fromkeys((*base.passes, pass_id)))),
         replace(base, memory_bytes=base.memory_bytes + 1),
+        replace(base, offloaded_bytes=base.offloaded_bytes + 1),
         replace(base, cache_bytes=base.cache_bytes + 1),
+        replace(base, adapter=True),
         replace(base, where=f"({base.where}) and ({where})" if base.where else where),
     ):
         if isinstance(match(base, worker), NoMatch):

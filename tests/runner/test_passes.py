@@ -4,13 +4,14 @@ import json
 import shutil
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from ollm_service.core.leasing import WorkRow
-from ollm_service.core.options import KVCacheStrategy
+from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
 from ollm_service.core.passes import Applied, Failed, NotNeeded
 from ollm_service.core.plan import PassId
 from ollm_service.core.wire import AttemptFailed, BatchDone, BatchStarted, Execute, Finished, Message, SpecializationFailed
@@ -131,10 +132,32 @@ def test_chunking_fails_without_a_gated_mlp(engine: Engine, model_dirs: dict[str
     assert not of_kind(messages, BatchDone)
 
 
-def test_an_unknown_pass_fails(engine: Engine, llama: Path) -> None:
-    """A planned pass that this runner does not have fails, by name."""
-    failure = only(run(engine, make_command(llama, [work_row(0, "x")], passes=(PassId.CPU_OFFLOAD,))), SpecializationFailed)
-    assert isinstance(failure.outcomes[PassId.CPU_OFFLOAD], Failed)
+def test_a_pass_that_the_runner_lacks_ends_as_not_needed(engine: Engine, llama: Path) -> None:
+    """A planned pass is a preference: where the runner does not have it, the rows are answered without it, and it says so."""
+    absent = (PassId.CPU_OFFLOAD, PassId.GPU_OFFLOAD, PassId.MOE_ROUTING, PassId.ATTENTION_REPLACEMENT, PassId.GDS_EXPORT_WEIGHTS)
+    messages = run(engine, make_command(llama, [work_row(0, "x")], passes=absent))
+    outcomes = first_outcomes(messages)
+    assert list(outcomes) == list(absent)
+    assert outcomes[PassId.CPU_OFFLOAD] == NotNeeded(reason="no layer to offload")
+    assert all(isinstance(outcome, NotNeeded) and outcome.reason for outcome in outcomes.values())
+    assert results_of(messages) == results_of(run(engine, make_command(llama, [work_row(0, "x")])))
+
+
+@pytest.mark.parametrize(
+    ("pass_id", "config"),
+    [
+        (PassId.CPU_OFFLOAD, RuntimeConfig(offload_cpu_layers=1)),
+        (PassId.GPU_OFFLOAD, RuntimeConfig(offload_gpu_layers=1)),
+        (PassId.MULTIMODAL_SHELL, RuntimeConfig()),
+    ],
+)
+def test_a_lacking_pass_fails_where_nothing_stands_in_for_it(
+    engine: Engine, llama: Path, pass_id: PassId, config: RuntimeConfig
+) -> None:
+    """Layers that the user wanted elsewhere, or images, cannot be done without."""
+    command = replace(make_command(llama, [work_row(0, "x")], passes=(pass_id,)), config=config)
+    failure = only(run(engine, command), SpecializationFailed)
+    assert isinstance(failure.outcomes[pass_id], Failed)
 
 
 def test_passes_leave_the_warm_model_as_it_was(engine: Engine, llama: Path, tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 from ollm_service.core.ids import new_id
 from ollm_service.core.lifecycle import ExecutionState
 from ollm_service.core.options import GenerationConfig, RuntimeConfig
-from ollm_service.core.planning import HeldModel, plan
+from ollm_service.core.planning import plan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import requirements_of
+from ollm_service.core.resolution import HeldModel
 from ollm_service.inspection import DigestCache, inspect_models
 from ollm_service.settings import Settings
 from ollm_service.store.database import Store, open_database, upgrade

@@ -7,8 +7,9 @@ from ollm_service.core.leasing import WorkRow
 from ollm_service.core.options import GenerationConfig, KVCacheStrategy, RuntimeConfig
 from ollm_service.core.placement import MemoryEstimate, Placement
 from ollm_service.core.plan import GenericModelKind, NativeFamily, RuntimePlan
-from ollm_service.core.planning import HeldModel, plan
+from ollm_service.core.planning import plan
 from ollm_service.core.profile import ModelProfile
+from ollm_service.core.resolution import HeldModel
 from ollm_service.core.wire import Execute
 
 PROFILE = ModelProfile(

@@ -18,8 +18,9 @@ from ollm_service.core.plan import (
     SpecializationState,
     SupportLevel,
 )
-from ollm_service.core.planning import HeldModel, plan
+from ollm_service.core.planning import plan
 from ollm_service.core.profile import ModelProfile
+from ollm_service.core.resolution import HeldModel
 
 GIB = 1024**3
 

@@ -12,13 +12,14 @@ from ollm_service.core.requirements import demanded_passes
 from tests.unit.core.samples import gpt2, planned, runtime_plan
 
 CHUNKS, BYTES = Applied(evidence="41 chunks"), Applied(evidence="1,024 bytes")
+IDLE = NotNeeded(reason="no layer to offload")
 BROKEN = Failed(reason="no gated MLP", error_type="KeyError")
 
 
 def test_a_plan_whose_passes_took_effect_is_applied() -> None:
     """Applied ids are those with evidence, in planned order; the details hold how every pass ended."""
     plan = planned()
-    outcomes: dict[PassId, PassOutcome] = {PassId.MLP_CHUNKING: CHUNKS, PassId.DISK_CACHE: BYTES}
+    outcomes: dict[PassId, PassOutcome] = {PassId.MLP_CHUNKING: CHUNKS, PassId.CPU_OFFLOAD: IDLE, PassId.DISK_CACHE: BYTES}
     found = finalize(plan, outcomes, {"device": "cpu"})
     assert found.specialization_state is SpecializationState.APPLIED
     assert found.specialization_applied
@@ -28,9 +29,10 @@ def test_a_plan_whose_passes_took_effect_is_applied() -> None:
         **plan.details,
         "device": "cpu",
         "pass_disk_cache": "applied(1,024 bytes)",
+        "pass_cpu_offload": "not-needed(no layer to offload)",
         "pass_mlp_chunking": "applied(41 chunks)",
         "applied_specialization_pass_ids": "disk-cache,mlp-chunking",
-        "planned_pass_count": "2",
+        "planned_pass_count": "3",
         "applied_pass_count": "2",
     }
 
@@ -39,6 +41,7 @@ def test_a_pass_that_was_not_needed_is_accounted_for_but_not_applied() -> None:
     """The state is still `applied`: none failed."""
     outcomes: dict[PassId, PassOutcome] = {
         PassId.DISK_CACHE: NotNeeded(reason="the KV cache stayed resident"),
+        PassId.CPU_OFFLOAD: IDLE,
         PassId.MLP_CHUNKING: CHUNKS,
     }
     found = finalize(planned(), outcomes, {})
@@ -52,10 +55,13 @@ def test_a_pass_that_was_not_needed_is_accounted_for_but_not_applied() -> None:
 @pytest.mark.parametrize(
     ("outcomes", "problem"),
     [
-        ({}, "disk-cache, mlp-chunking"),
-        ({PassId.DISK_CACHE: BYTES}, "unaccounted for: mlp-chunking"),
-        ({PassId.DISK_CACHE: BYTES, PassId.MLP_CHUNKING: CHUNKS, PassId.MOE_ROUTING: CHUNKS}, "extra passes"),
-        ({PassId.DISK_CACHE: BYTES, PassId.MLP_CHUNKING: BROKEN}, "failed pass is not applied"),
+        ({}, "disk-cache, cpu-offload, mlp-chunking"),
+        ({PassId.DISK_CACHE: BYTES, PassId.CPU_OFFLOAD: IDLE}, "unaccounted for: mlp-chunking"),
+        (
+            {PassId.DISK_CACHE: BYTES, PassId.CPU_OFFLOAD: IDLE, PassId.MLP_CHUNKING: CHUNKS, PassId.MOE_ROUTING: CHUNKS},
+            "extra passes",
+        ),
+        ({PassId.DISK_CACHE: BYTES, PassId.CPU_OFFLOAD: IDLE, PassId.MLP_CHUNKING: BROKEN}, "failed pass is not applied"),
     ],
 )
 def test_every_planned_pass_must_have_ended_well(outcomes: Mapping[PassId, PassOutcome], problem: str) -> None:

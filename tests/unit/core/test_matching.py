@@ -9,7 +9,7 @@ from ollm_service.core.capabilities import Capabilities
 from ollm_service.core.errors import InvalidExpression
 from ollm_service.core.matching import Match, NoMatch, able_devices, attributes, devices_for, match, match_fleet
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
-from ollm_service.core.plan import BackendId, ModelModality, PassId
+from ollm_service.core.plan import BackendId, GenericModelKind, ModelModality, NativeFamily, PassId
 from ollm_service.core.planning import plan
 from ollm_service.core.requirements import Requirements, class_id, demanded_passes, requirements_of
 from tests.unit.core.samples import GIB, capabilities, cpu, cuda, gpt2, planned, profile
@@ -25,6 +25,8 @@ SHORTFALLS: list[tuple[dict[str, Any], str]] = [
     ({"device": "cuda"}, "device cuda: this worker has cpu"),
     ({"device": "cuda:1"}, "device cuda:1: this worker has cpu"),
     ({"dtype": "bfloat16"}, "dtype bfloat16: not computed by cpu"),
+    ({"kind": "seq2seq-lm"}, "models of kind seq2seq-lm: not in this version"),
+    ({"adapter": True}, "adapters: not known to this worker"),
     ({"memory_bytes": 33 * GIB}, "memory: 35,433,480,192 bytes needed, cpu has 34,359,738,368"),
     ({"cache_bytes": 1}, "cache disk: 1 bytes needed, 0 there"),
     ({"where": 'zone == "home"'}, 'labels: `zone == "home"` does not hold here'),
@@ -37,7 +39,58 @@ SHORTFALLS: list[tuple[dict[str, Any], str]] = [
 def test_requirements_follow_from_plan_model_and_options() -> None:
     """An undemanding plan needs its backend, its exact model, its dtype and the memory of the weights."""
     found = requirements_of(planned(), profile(), RuntimeConfig())
-    assert found == Requirements(backend_id="optimized-native", model_digest="d" * 64, dtype="float32", memory_bytes=4_000_000)
+    assert found == Requirements(
+        backend_id="optimized-native",
+        model_digest="d" * 64,
+        dtype="float32",
+        kind="causal-lm",
+        memory_bytes=4_000_000,
+        offloaded_bytes=4_000_000,
+    )
+
+
+def test_of_a_model_whose_layers_may_go_the_largest_must_fit() -> None:
+    """A worker that keeps layers off its device needs room for one of them; any other needs room for the whole model."""
+    model = profile(layer_bytes=(GIB, 3 * GIB, 2 * GIB), weight_bytes=40 * GIB)
+    native = requirements_of(planned(model=model), model, RuntimeConfig())
+    assert (native.memory_bytes, native.offloaded_bytes) == (40 * GIB, 3 * GIB)
+    able = capabilities(cpu(), cuda(0), passes=dict.fromkeys(PassId), models=(model,))
+    assert match(native, able) == Match()
+    reason = "memory: 42,949,672,960 bytes needed, cpu has 34,359,738,368"
+    assert match(native, capabilities(models=(model,))) == NoMatch(reasons=(reason,))
+    small = capabilities(cpu(2 * GIB), passes=dict.fromkeys(PassId), models=(model,))
+    assert match(native, small) == NoMatch(reasons=("memory: 3,221,225,472 bytes needed, cpu has 2,147,483,648",))
+    generic = requirements_of(planned(RuntimeConfig(use_specialization=False), model), model, RuntimeConfig())
+    assert generic.offloaded_bytes == 40 * GIB
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        (gpt2(kind=GenericModelKind.SEQ2SEQ_LM), "seq2seq-lm"),
+        (gpt2(kind=GenericModelKind.IMAGE_TEXT_TO_TEXT), "image-text-to-text"),
+        (profile(architecture="VoxtralForConditionalGeneration", family=NativeFamily.VOXTRAL, kind=None), "voxtral"),
+    ],
+)
+def test_a_worker_must_run_models_of_that_kind(model: Any, kind: str) -> None:
+    """Where only the family can run a model, the family is the kind. Workers that say nothing run causal models alone."""
+    needs = requirements_of(planned(model=model), model, RuntimeConfig())
+    assert needs.kind == kind
+    silent = capabilities(models=(model,))
+    assert match(needs, silent) == NoMatch(reasons=(f"models of kind {kind}: not known to this worker",))
+    assert match(needs, capabilities(models=(model,), kinds={kind: "no processor"})) == NoMatch(
+        reasons=(f"models of kind {kind}: no processor",)
+    )
+    assert match(needs, capabilities(models=(model,), kinds={kind: None})) == Match()
+
+
+def test_an_adapter_needs_a_worker_that_puts_it_on() -> None:
+    """The plan is generic and may be queued; who cannot load adapters is refused."""
+    config = RuntimeConfig(adapter_dir="lora")
+    needs = requirements_of(planned(config), profile(), config)
+    assert needs.adapter
+    assert match(needs, capabilities()) == NoMatch(reasons=("adapters: not known to this worker",))
+    assert match(needs, capabilities(no_adapters_because=None)) == Match()
 
 
 @pytest.mark.parametrize(
@@ -93,6 +146,7 @@ def test_equal_requirements_share_a_class_and_others_do_not() -> None:
     others = [
         Requirements(backend_id=BackendId.TRANSFORMERS_GENERIC),
         *(Requirements(backend_id=BACKEND, **change) for change, _ in SHORTFALLS),
+        Requirements(backend_id=BACKEND, offloaded_bytes=1),
         Requirements(backend_id=BACKEND, modalities=(ModelModality.TEXT, ModelModality.IMAGE)),
     ]
     ids = {class_id(requirements) for requirements in (base, *others)}
@@ -111,6 +165,7 @@ def bare_worker() -> Capabilities:
         backends={BACKEND: None, BackendId.TRANSFORMERS_GENERIC: "transformers is not installed"},
         passes={PassId.CPU_OFFLOAD: "needs an accelerator"},
         kv_strategies={KVCacheStrategy.PAGED: "no writable cache folder"},
+        kinds={"causal-lm": None, "seq2seq-lm": "not in this version"},
         models=(profile(digest="a" * 64, unsafe_because="pickle"),),
         cache_disk=None,
     )
@@ -127,7 +182,7 @@ def test_every_shortfall_is_named_at_once() -> None:
     requirement = {name: value for change, _ in SHORTFALLS for name, value in change.items() if name != "download"}
     found = match(Requirements(**{**requirement, "backend_id": BackendId.TRANSFORMERS_GENERIC, "device": None}), bare_worker())
     assert isinstance(found, NoMatch)
-    assert len(found.reasons) == 7
+    assert len(found.reasons) == 9
     assert found.reasons[0] == "backend transformers-generic: transformers is not installed"
 
 

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from ollm_service.core.capabilities import Capabilities, Device, LiveState
 from ollm_service.core.options import RuntimeConfig
 from ollm_service.core.plan import GenericModelKind, NativeFamily, PassId
-from ollm_service.core.planning import HeldModel, plan
+from ollm_service.core.planning import plan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.quote import Candidate, Job, Quote, RowSize, quote
 from ollm_service.core.rates import MeasuredAttempt, measured_rate, output_share, probed_rate, tokens_per_byte
 from ollm_service.core.requirements import requirements_of
+from ollm_service.core.resolution import HeldModel
 
 GIB = 1024**3
 CPU = Device(device_id="cpu", name="a CPU", memory_bytes=16 * GIB, memory_rate=10e9, arithmetic={"float32": 100e9})

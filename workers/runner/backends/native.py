@@ -5,8 +5,8 @@ from types import MappingProxyType
 
 from ollm_service.core.plan import BackendId, PassId
 from ollm_service.core.wire import Execute
-from workers.runner.interruptions import PassFailed
 from workers.runner.model import LoadedModel
+from workers.runner.passes.absent import AbsentPass
 from workers.runner.passes.disk_cache import DiskCache
 from workers.runner.passes.mlp_chunking import MlpChunking
 from workers.runner.passes.specialization import SpecializationPass
@@ -17,11 +17,12 @@ PASSES: Mapping[PassId, Callable[[LoadedModel, Execute], SpecializationPass]] = 
 
 
 def planned_passes(model: LoadedModel, command: Execute) -> list[SpecializationPass]:
-    """The plan's passes for this model; none for a generic plan. Raises PassFailed for one that this runner does not have."""
+    """The plan's passes for this model, also those that this runner does not have; none for a generic plan."""
     plan = command.runtime_plan
     if plan.backend_id != BackendId.OPTIMIZED_NATIVE:
         return []
-    for pass_id in plan.specialization_pass_ids:
-        if pass_id not in PASSES:
-            raise PassFailed(pass_id, "this runner does not have the pass", "UnknownPass")
-    return [PASSES[pass_id](model, command) for pass_id in plan.specialization_pass_ids]
+    return [_pass(pass_id, model, command) for pass_id in plan.specialization_pass_ids]
+
+
+def _pass(pass_id: PassId, model: LoadedModel, command: Execute) -> SpecializationPass:
+    return PASSES[pass_id](model, command) if pass_id in PASSES else AbsentPass(pass_id, command)
