@@ -7,10 +7,10 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from ollm_service.api.errors import ErrorBody
-from ollm_service.api.requests import JobRequest, PreviewRequest, RequestBody, RetryRequest
+from ollm_service.api.requests import AmendRequest, JobRequest, PreviewRequest, RequestBody, RetryRequest
 
 _REFERENCE = "#/components/schemas/{model}"
-_BODIES = (JobRequest, PreviewRequest, RetryRequest)
+_BODIES = (AmendRequest, JobRequest, PreviewRequest, RetryRequest)
 _TAGS = [
     {"name": "jobs", "description": "Submit work, watch it, read its results."},
     {"name": "plans", "description": "See what will run where and why, before, while and after it runs."},

@@ -64,6 +64,20 @@ class JobRequest(RequestBody):
     ] = None
 
 
+class AmendRequest(RequestBody):
+    """What is to be otherwise about a job's plans that wait. Whatever is left out stays as it is."""
+
+    runtime: dict[str, Any] | None = Field(
+        None,
+        description=f"{_RUNTIME_HELP} Those to change alone; null goes back to the default.",
+        examples=[{"kv_cache_strategy": None}],
+    )
+    where: str | None = Field(None, description="Label expression that a worker must satisfy, or `any`.", examples=["any"])
+    skip_rows: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, max_length=10_000, description="Rows to give up: they end with the error `skipped`.", examples=[[211, 9034]]
+    )
+
+
 class RetryRequest(RequestBody):
     """How to retry a job's failed rows; the body may be left out."""
 

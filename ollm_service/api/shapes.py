@@ -130,6 +130,14 @@ class JobBody(BaseModel):
     deadline_at: str | None
 
 
+class AmendedJobBody(JobBody):
+    """A job after its plans were amended. Plans that run keep their options, and are among `plans_kept`."""
+
+    plans_amended: int = Field(description="Plans that wait with the new options now.")
+    plans_kept: int = Field(description="Unfinished plans that keep what they had.")
+    rows_skipped: int
+
+
 class Page(BaseModel, Generic[Item]):
     """One page of a list; `next` is the `after` of the next page."""
 

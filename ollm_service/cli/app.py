@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ollm_service import __version__
-from ollm_service.cli import doctor, fleet, jobs, plans, preview, service
+from ollm_service.cli import amend, doctor, fleet, jobs, plans, preview, service
 from ollm_service.cli.output import exit_code, report, say
 from ollm_service.core.errors import OllmError
 
@@ -32,6 +32,7 @@ for name, panel, verb in (
     ("job", JOBS, jobs.show_job),
     ("watch", JOBS, jobs.watch),
     ("results", JOBS, jobs.results),
+    ("amend", JOBS, amend.amend),
     ("cancel", JOBS, jobs.cancel),
     ("retry", JOBS, jobs.retry),
     ("preview", PLANS, preview.preview),

@@ -1,7 +1,7 @@
 """Which flags say how a model runs and how it generates? One for each field of RuntimeConfig and GenerationConfig.
 
 The flags are made from the fields, so that none can be forgotten. What was not given stays open, for the environment, a file or
-the service to say; `default` closes it.
+the service to say; `default` or `any` closes it.
 """
 
 import inspect
@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from ollm_service.core.errors import InvalidOption, shown
+from ollm_service.core.labels import ANY
 from ollm_service.core.options import (
     CPU_OFFLOAD_POLICIES,
     KV_ADAPTATION_MODES,
@@ -49,7 +50,8 @@ HELP: Mapping[str, str] = {
     "stop": "Text that ends an answer; up to four times.",
 }
 # `--stop ""` is to stop what `default` is to the others, since an answer may end at that very word.
-CLEARING = (TO_THE_DEFAULT, [""])
+CLEARING_WORDS = (TO_THE_DEFAULT, ANY)
+CLEARING = (*CLEARING_WORDS, [""])
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -107,12 +109,12 @@ def _parameter(item: Field[Any], kind: type) -> inspect.Parameter:
 
 
 def _whole(text: str) -> Any:
-    """What a flag that takes a whole number was given. Raises ValueError for what is neither one nor `default`."""
-    return text if text == TO_THE_DEFAULT else _parsed(int, text, "a whole number")
+    """What a flag that takes a whole number was given. Raises ValueError for what is neither one nor a word for the default."""
+    return text if text in CLEARING_WORDS else _parsed(int, text, "a whole number")
 
 
 def _number(text: str) -> Any:
-    return text if text == TO_THE_DEFAULT else _parsed(float, text, "a number")
+    return text if text in CLEARING_WORDS else _parsed(float, text, "a number")
 
 
 def _parsed(kind: type, text: str, what: str) -> Any:

@@ -2,11 +2,11 @@
 
 import json
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from ollm_service.client.transport import Patience, Transport
-from ollm_service.client.views import Counts, JobStatus, Plan, Result
+from ollm_service.client.views import Amended, Counts, JobStatus, Plan, Result
 from ollm_service.core.errors import OllmError
 from ollm_service.core.lifecycle import JobState
 
@@ -119,6 +119,19 @@ class Job:
         """Ask for its end, and return it; rows that are answered stay answered."""
         self._status = JobStatus.from_raw(self._transport.post(f"/v1/jobs/{self.id}/cancel"))
         return self
+
+    def amend(
+        self, runtime: Mapping[str, Any] | None = None, *, where: str | None = None, skip_rows: Iterable[int] = ()
+    ) -> Amended:
+        """Change how its plans run that nobody has begun, and give up rows of theirs; the others stay as they are.
+
+        `runtime` has the options to change alone, None for one that goes back to its default; `where="any"` demands no labels
+        any more. Raises Conflict where it has ended, or where somebody else amends it at this moment.
+        """
+        body = {"runtime": dict(runtime or {}), "where": where, "skip_rows": list(skip_rows)}
+        raw = self._transport.post(f"/v1/jobs/{self.id}/amend", {name: value for name, value in body.items() if value})
+        self._status = JobStatus.from_raw(raw)
+        return Amended.from_raw(raw)
 
     def retry(self, *, idempotency_key: str | None = None) -> "Job":
         """Make a new job of its failed rows. Raises Conflict while it runs and where nothing failed."""

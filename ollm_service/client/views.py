@@ -277,6 +277,20 @@ class JobStatus:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Amended:
+    """What an amendment changed: plans that wait with the new options now, unfinished ones that keep the old, rows given up."""
+
+    plans_amended: int
+    plans_kept: int
+    rows_skipped: int
+
+    @classmethod
+    def from_raw(cls, raw: Json) -> Self:
+        """From the service's JSON."""
+        return cls(plans_amended=raw["plans_amended"], plans_kept=raw["plans_kept"], rows_skipped=raw["rows_skipped"])
+
+
 def resolved_from(raw: Json) -> ResolvedModel:
     """The model that is kept beside a plan."""
     return from_json(ResolvedModel, raw["resolved_model"])

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from ollm_service.core.errors import InvalidExpression, shown
 
 Attributes = Mapping[str, str | float]
+ANY = "any"  # what users say for no expression; it can be none, since it compares nothing
 _LONGEST = 1000
 _DEEPEST = 50
 _TOKEN = re.compile(

@@ -121,7 +121,8 @@ def _change(connection: Connection, plans: Sequence[Row[Any]], amendment: Amendm
 
 def _change_job(connection: Connection, job_id: str, amendment: Amendment) -> None:
     job = connection.execute(select(jobs.c.config, jobs.c.where_clause).where(jobs.c.id == job_id).with_for_update()).one()
-    if Options(config=from_json(RuntimeConfig, job.config), where=job.where_clause) not in (amendment.before, amendment.after):
+    has = Options(config=from_json(RuntimeConfig, job.config), where=job.where_clause)
+    if has not in (amendment.before, amendment.after):
         raise Conflict(f"The options of job {job_id} were changed meanwhile.", remedy="Look at the job, and amend it again.")
     values = {"config": to_json(amendment.after.config), "where_clause": amendment.after.where}
     connection.execute(update(jobs).where(jobs.c.id == job_id).values(**values))

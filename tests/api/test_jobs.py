@@ -156,6 +156,22 @@ def test_cancelling_ends_what_waits_and_twice_is_harmless(http: TestClient, work
     assert job["finished_at"].endswith("Z")
 
 
+def test_amending_changes_what_waits_and_says_how_much(http: TestClient, service: Service, worker_id: str) -> None:
+    """The answer is the job as it is then, and what was changed; a repetition is harmless; an empty or wrong body is refused."""
+    job_id = http.post("/v1/jobs", json={**JOB, "where": 'zone == "moon"'}).json()["id"]
+    for _ in range(2):
+        amended = http.post(f"/v1/jobs/{job_id}/amend", json={"where": "any", "runtime": {"kv_cache_strategy": "resident"}})
+        job = amended.json()
+        assert (amended.status_code, job["plans_amended"], job["plans_kept"], job["rows_skipped"]) == (200, 1, 0, 0)
+        assert (job["where"], job["runtime"], job["plans"][0]["condition"]) == (None, {"kv_cache_strategy": "resident"}, None)
+    claim_one(service, worker_id)
+    kept = http.post(f"/v1/jobs/{job_id}/amend", json={"runtime": {"kv_cache_strategy": None}, "skip_rows": [0]}).json()
+    assert (kept["plans_amended"], kept["plans_kept"], kept["rows_skipped"]) == (0, 1, 0)
+    for body, status in (({}, 400), ({"skip_rows": [-1]}, 400), ({"model": "x"}, 400), ({"runtime": {"device": "gpu"}}, 400)):
+        assert http.post(f"/v1/jobs/{job_id}/amend", json=body).status_code == status
+    assert http.post("/v1/jobs/job_none/amend", json={"where": "any"}).status_code == 404
+
+
 def test_retry_answers_with_a_new_linked_job(http: TestClient, service: Service, worker_id: str) -> None:
     """With or without a body; a job that still runs is a conflict."""
     job_id = http.post("/v1/jobs", json=JOB).json()["id"]

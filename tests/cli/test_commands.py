@@ -223,6 +223,23 @@ def test_a_plan_that_waits_is_explained(command: Command, worker_id: str) -> Non
         assert 'attic: cannot: labels: `zone == "moon"` does not hold here' in told
 
 
+def test_a_job_that_waits_is_changed(command: Command, service: Service, worker_id: str) -> None:
+    """An option that was demanded is given up with `any`; what is wrong exits 2 and changes nothing."""
+    options = ("--where", 'zone == "moon"', "--kv-cache-strategy", "paged", "--dense-projection-chunk-rows", "8", "--json")
+    (job,) = parsed(command("submit", "-", "-m", "tiny", *options, given=ROWS).stdout)
+    for wrong in (("--skip-rows", "one"), ("--device", "gpu"), ("--where", "zone =")):
+        assert command("amend", job["id"], *wrong).returncode == 2
+    assert command("amend", job["id"]).returncode == 1
+    done = command("amend", job["id"], "--kv-cache-strategy", "any", "--dense-projection-chunk-rows", "any")
+    assert (done.returncode, done.stdout) == (0, f"{job['id']}: 1 plan changed.\n")
+    assert "It still waits: no-capable-worker" in done.stderr
+    (amended,) = parsed(command("amend", job["id"], "--where", "any", "--skip-rows", "1", "--json").stdout)
+    assert (amended["where"], amended["runtime"], amended["rows_skipped"]) == (None, {}, 1)
+    claim_one(service, worker_id)
+    done = command("amend", job["id"], "--device", "cpu", "--skip-rows", "0")
+    assert done.stdout == f"{job['id']}: 0 plans changed; 1 that had begun stay as they are.\n{job['id']}: 0 rows skipped.\n"
+
+
 def test_every_look_has_a_form_for_people_and_one_for_programs(command: Command, service: Service, worker_id: str) -> None:
     """Each listing and showing verb ends with 0 either way, and its JSON parses line by line."""
     (job,) = parsed(command("submit", "-", "-m", "tiny", "--json", given=ROWS).stdout)

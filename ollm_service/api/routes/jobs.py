@@ -5,10 +5,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response, status
 
 from ollm_service.api.openapi import body_of, failures
-from ollm_service.api.requests import JobRequest, RetryRequest, body_digest, parse_body
+from ollm_service.api.requests import AmendRequest, JobRequest, RetryRequest, body_digest, parse_body
 from ollm_service.api.results import stream_results
 from ollm_service.api.routes.access import After, JobId, Limit, RawBody, ServiceHere
-from ollm_service.api.shapes import PLANS_SHOWN, JobBody, JobPage, PlanPage, job_body, plan_body
+from ollm_service.api.shapes import PLANS_SHOWN, AmendedJobBody, JobBody, JobPage, PlanPage, job_body, plan_body
+from ollm_service.coordinator.amending import Change, amend
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
 from ollm_service.coordinator.submission import Submission, Submitted, retry, submit
 from ollm_service.store.views import JobView
@@ -70,6 +71,24 @@ def list_plans(service: ServiceHere, job_id: JobId, after: After = None, limit: 
 def cancel_job(service: ServiceHere, job_id: JobId) -> JobBody:
     """End what waits, and ask workers to stop what runs. What is finished stays; cancelling twice is harmless."""
     return _with_plans(service, service.store.jobs.cancel(job_id, DEFAULT_TENANT), PLANS_SHOWN)
+
+
+@router.post(
+    "/{job_id}/amend",
+    operation_id="amendJob",
+    summary="Change how a job's waiting plans run",
+    openapi_extra=body_of(AmendRequest),
+    responses=failures(400, 401, 404, 409, 413, 422, 503),
+)
+def amend_job(service: ServiceHere, job_id: JobId, raw: RawBody) -> AmendedJobBody:
+    """Give the plans that nobody has begun other options, or skip rows of theirs. Those that run or have ended stay so."""
+    body, _ = parse_body(AmendRequest, raw)
+    change = Change(runtime=body.runtime or {}, where=body.where, skip_rows=body.skip_rows or ())
+    job, amended = amend(service, job_id, DEFAULT_TENANT, change)
+    shown = _with_plans(service, job, PLANS_SHOWN)
+    return AmendedJobBody(
+        **shown.model_dump(), plans_amended=amended.plans, plans_kept=amended.plans_kept, rows_skipped=amended.rows_skipped
+    )
 
 
 @router.post(
