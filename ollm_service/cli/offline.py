@@ -15,10 +15,11 @@ from ollm_service.core.catalog import CATALOG
 from ollm_service.core.errors import InvalidOption, ModelNotFound, PlanNotExecutable
 from ollm_service.core.labels import parse_expression
 from ollm_service.core.options import RuntimeConfig
-from ollm_service.core.planning import HeldModel, Planned, plan
+from ollm_service.core.planning import Planned, plan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.reference import parse_reference
 from ollm_service.core.requirements import class_id, requirements_of
+from ollm_service.core.resolution import HeldModel
 from ollm_service.core.wire import to_json
 from ollm_service.inspection import DigestCache, inspect_models
 
