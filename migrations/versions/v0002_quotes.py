@@ -11,6 +11,7 @@ def upgrade() -> None:
     op.add_column(
         "attempts", sa.Column("model_digest", sa.String(), comment="what it ran; NULL where the plan could not be read")
     )
+    op.add_column("jobs", sa.Column("quoted", sa.Text(), comment="what its preview said of its time; NULL without one"))
     op.create_index("ix_attempts_model_digest_ended_ms", "attempts", ["model_digest", "ended_ms"])
     op.create_table(
         "previews",
@@ -29,3 +30,4 @@ def downgrade() -> None:
     op.drop_table("previews")
     op.drop_index("ix_attempts_model_digest_ended_ms", "attempts")
     op.drop_column("attempts", "model_digest")
+    op.drop_column("jobs", "quoted")

@@ -125,6 +125,7 @@ class JobBody(BaseModel):
     priority: int
     where: str | None
     retry_of: str | None = Field(description="The job whose failed rows these are.")
+    quoted: dict[str, Any] | None = Field(description="What its preview said of its time; null without one.")
     created_at: str
     finished_at: str | None
     deadline_at: str | None
@@ -269,6 +270,7 @@ def job_body(job: JobView, plans: Sequence[PlanView]) -> JobBody:
         priority=job.priority,
         where=job.where,
         retry_of=job.retry_of,
+        quoted=dict(job.quoted) if job.quoted else None,
         created_at=iso(job.created_ms),
         finished_at=iso_or_none(job.finished_ms),
         deadline_at=iso_or_none(job.deadline_ms),

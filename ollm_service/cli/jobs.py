@@ -1,9 +1,10 @@
 """Which commands work on jobs? Submit, list, follow, read, cancel and retry them."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +22,7 @@ from ollm_service.cli.output import (
     say,
     tell,
 )
+from ollm_service.cli.preview import duration, quoted_in_words
 from ollm_service.cli.progress import shown
 from ollm_service.cli.result_file import ResultFile, check_writable
 from ollm_service.client import Client, Job, Result
@@ -144,10 +146,20 @@ def show_job(job_id: JobId, as_json: AsJson = False) -> None:
             "waits for": ", ".join(sorted({plan.condition for plan in job.plans if plan.condition})),
             "why so": first.reason if first else None,
             "retry of": raw.get("retry_of"),
+            "quoted": quoted_in_words(raw.get("quoted")),
+            "took": _took(raw),
             "created": raw.get("created_at"),
             "finished": raw.get("finished_at"),
         }
     )
+
+
+def _took(raw: Mapping[str, Any]) -> str | None:
+    """From its submission to its end."""
+    created, finished = raw.get("created_at"), raw.get("finished_at")
+    if not created or not finished:
+        return None
+    return duration((datetime.fromisoformat(finished) - datetime.fromisoformat(created)).total_seconds())
 
 
 def watch(job_id: JobId, as_json: AsJson = False) -> None:

@@ -187,9 +187,16 @@ def _when(quote: Mapping[str, Any]) -> str:
     if quote["seconds"] is None:
         able = any(worker["placement"] for worker in quote["workers"])
         return "When it would be done is not known: no worker's speed is." if able else "No worker can run it now."
-    measured = "as measured here" if quote["is_measured"] else "never measured here"
-    span = f"{duration(quote['fastest_seconds'])} to {duration(quote['slowest_seconds'])}"
-    return f"Done in about {duration(quote['seconds'])} ({span}; {measured})"
+    return f"Done in about {quoted_in_words(quote)}"
+
+
+def quoted_in_words(quoted: Mapping[str, Any] | None) -> str | None:
+    """`11 s (8 s to 13 s; as measured here)`; None for what has no time."""
+    if quoted is None or quoted["seconds"] is None:
+        return None
+    measured = "as measured here" if quoted["is_measured"] else "never measured here"
+    span = f"{duration(quoted['fastest_seconds'])} to {duration(quoted['slowest_seconds'])}"
+    return f"{duration(quoted['seconds'])} ({span}; {measured})"
 
 
 def duration(seconds: float) -> str:

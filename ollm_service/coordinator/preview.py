@@ -61,16 +61,12 @@ def preview(service: Service, request: PreviewRequest) -> Preview:
     checked = None if request.rows is None else check_rows(request.rows, settings)
     drafted = draft(service.fleet.snapshot(), request.model, config, request.where)
     found = () if drafted.requirements is None else verdicts(drafted.requirements, drafted.fleet.workers)
-    return Preview(
-        draft=drafted,
-        verdicts=found,
-        rows=checked,
-        quote=None if checked is None else _quote(service, drafted, checked, settings, request.if_workers),
-        preview_id=_keep(service, drafted, request),
-    )
+    quoted = None if checked is None else _quote(service, drafted, checked, settings, request.if_workers)
+    preview_id = _keep(service, drafted, request, quoted)
+    return Preview(draft=drafted, verdicts=found, rows=checked, quote=quoted, preview_id=preview_id)
 
 
-def _keep(service: Service, drafted: Draft, request: PreviewRequest) -> str | None:
+def _keep(service: Service, drafted: Draft, request: PreviewRequest, quoted: Quote | None) -> str | None:
     if drafted.requirements is None:
         return None
     stored = StoredPreview(
@@ -81,12 +77,18 @@ def _keep(service: Service, drafted: Draft, request: PreviewRequest) -> str | No
             "generation": dict(request.generation),
             "where": request.where,
             "rows_digest": None if request.rows is None else rows_digest(request.rows),
+            # With imagined machines it is not the quote of what a submission would run.
+            "quoted": None if quoted is None or request.if_workers else _time_of(quoted),
         },
         planned=drafted.planned.plan,
         requirements=drafted.requirements,
     )
     service.store.quotes.keep_preview(stored, request.tenant_id)
     return stored.preview_id
+
+
+def _time_of(quoted: Quote) -> dict[str, Any]:
+    return {name: getattr(quoted, name) for name in ("seconds", "fastest_seconds", "slowest_seconds", "is_measured")}
 
 
 def _quote(

@@ -78,6 +78,7 @@ def submit(service: Service, submission: Submission) -> Submitted:
         priority=submission.priority,
         where=wanted.where,
         deadline_ms=None if deadline is None else math.ceil(deadline * 1000),
+        quoted=None if promised is None else promised.request.get("quoted"),
         idempotency_key=submission.idempotency_key,
         body_digest=submission.body_digest,
         inventory_seq=drafted.fleet.inventory_seq,

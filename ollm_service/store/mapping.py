@@ -73,6 +73,7 @@ def job_view(row: Row[Any] | SimpleNamespace, plan_states: Mapping[str, int], fi
         config=decoded_or_none(RuntimeConfig, row.config),
         generation=decoded_or_none(GenerationConfig, row.generation),
         retry_of=row.retry_of,
+        quoted=None if row.quoted is None else decoded_or_none(dict, row.quoted),
         created_ms=row.created_ms,
         finished_ms=finished_ms if state.is_final else None,
         deadline_ms=row.deadline_ms,

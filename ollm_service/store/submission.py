@@ -47,7 +47,10 @@ class NewPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
-    """A job to be. Every row belongs to exactly one plan. `deadline_ms` is a duration from the database's now."""
+    """A job to be. Every row belongs to exactly one plan. `deadline_ms` is a duration from the database's now.
+
+    `quoted` is what its preview said of its time: `seconds`, `fastest_seconds`, `slowest_seconds` and `is_measured`.
+    """
 
     job_id: str
     model: str
@@ -63,6 +66,7 @@ class NewJob:
     deadline_ms: int | None = None
     idempotency_key: str | None = None
     retry_of: str | None = None
+    quoted: Mapping[str, Any] | None = None
     # Which plan each row belongs to, worked out once.
     plan_of_row: Mapping[int, str] = field(init=False, repr=False)
 
@@ -99,6 +103,7 @@ def insert_job(connection: Connection, job: NewJob) -> JobView:
         "idempotency_key": job.idempotency_key,
         "body_digest": job.body_digest,
         "retry_of": job.retry_of,
+        "quoted": None if job.quoted is None else dict(job.quoted),
         "row_count": len(job.rows),
         "plans_total": len(job.plans),
         "seq": len(invalid),
@@ -115,7 +120,7 @@ def insert_job(connection: Connection, job: NewJob) -> JobView:
     states = _insert_plans(connection, job, {row.row for row in invalid}, at_ms, deadline)
     # Last, since a new class keeps the counter locked until the commit.
     ensure_classes(connection, [plan.requirements for plan in job.plans])
-    texts = {name: encode_json(values[name]) for name in ("config", "generation")}
+    texts = {name: encode_json(values[name]) for name in ("config", "generation", "quoted")}
     return job_view(SimpleNamespace(**values | texts), states, at_ms)
 
 

@@ -54,6 +54,7 @@ jobs = Table(
     Column("idempotency_key", JsonText),
     Column("body_digest", String, nullable=False),
     Column("retry_of", String),
+    Column("quoted", JsonText, comment="what its preview said of its time; NULL without one"),
     Column("row_count", Integer, nullable=False),
     Column("plans_total", Integer, nullable=False),
     Column("seq", BigInteger, nullable=False, comment="the newest result's cursor"),

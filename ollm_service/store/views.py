@@ -35,6 +35,7 @@ class JobView:
     config: RuntimeConfig | None
     generation: GenerationConfig | None
     retry_of: str | None
+    quoted: Mapping[str, Any] | None
     created_ms: int
     finished_ms: int | None
     deadline_ms: int | None

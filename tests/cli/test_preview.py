@@ -73,7 +73,7 @@ def test_a_described_machine_is_read_from_its_file(command: Command, rows: Path)
 
 def test_submit_runs_what_was_previewed(command: Command, service: Service, rows: Path) -> None:
     """Neither the file nor the model has to be named again; an option besides is refused, and so is a changed file."""
-    shown = command("preview", "rows.jsonl", "-m", "tiny", "--kv-cache-strategy", "paged").stdout
+    shown = command("preview", "rows.jsonl", "-m", "tiny", "--max-new-tokens", "5").stdout
     preview_id = shown.split()[-1]
     refused = command("submit", "--plan", preview_id, "--max-new-tokens", "3")
     assert (refused.returncode, "--plan" in refused.stderr) == (2, True)
@@ -81,8 +81,14 @@ def test_submit_runs_what_was_previewed(command: Command, service: Service, rows
     assert done.returncode == 0, done.stderr
     (job,) = service.store.jobs.list(DEFAULT_TENANT, limit=2)
     assert job.row_count == 300
-    assert job.config is not None
-    assert job.config.kv_cache_strategy == "paged"
+    assert job.generation is not None
+    assert job.generation.max_new_tokens == 5
+    told = command("job", job.job_id).stdout
+    assert "quoted" in told
+    assert "never measured here" in told
+    assert "took" not in told
+    service.store.jobs.cancel(job.job_id, DEFAULT_TENANT)
+    assert "took" in command("job", job.job_id).stdout
     rows.write_text(ROWS + '{"prompt": "one more"}\n', encoding="utf-8")
     changed = command("submit", "--plan", preview_id)
     assert (changed.returncode, "changed: the rows" in changed.stderr) == (1, True)

@@ -88,9 +88,16 @@ def test_a_submission_runs_what_was_previewed(service: Service) -> None:
     fast_worker(service)
     shown = asked(service, runtime={"kv_cache_strategy": "paged"}, generation={"max_new_tokens": 3})
     job = submit(service, submission(model=None, plan=shown.preview_id)).job
+    assert job.config is not None
+    assert job.generation is not None
     assert (job.model, job.config.kv_cache_strategy, job.generation.max_new_tokens) == ("tiny", "paged", 3)
     (plan,) = service.store.jobs.plans(job.job_id, DEFAULT_TENANT)
     assert plan.planned == shown.draft.planned.plan
+    assert shown.quote is not None
+    assert job.quoted is not None
+    assert job.quoted["seconds"] == shown.quote.seconds
+    assert service.store.jobs.get(job.job_id, DEFAULT_TENANT).quoted == job.quoted
+    assert submit(service, submission()).job.quoted is None
 
 
 def test_a_submission_says_what_has_changed_since_the_preview(service: Service) -> None:
