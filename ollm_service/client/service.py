@@ -64,7 +64,8 @@ class Client:
 
         A row is a text (a prompt), a list of messages, or a mapping `{custom_id?, prompt | messages, generation?}`. With an
         `idempotency_key`, submitting the same again returns the first job; one is made where none is given, so that this
-        call's own repetitions are safe. A row that is wrong by itself ends with an error and the others go on.        """
+        call's own repetitions are safe. A row that is wrong by itself ends with an error and the others go on.
+        """
         runtime, generation = self._options.to_send(_options(runtime), _options(generation))
         body: dict[str, Any] = {
             "model": model,
