@@ -104,7 +104,10 @@ def test_classes_are_numbered_once_and_in_order(store: Store) -> None:
     assert known[0].requirements == requirements("a")
 
 
-@pytest.mark.parametrize("hostile", ["nul \0 inside", "half a pair \ud800", "emoji 😀 and \x1b[31m", "' OR 1=1 --", "\u2028"])
+@pytest.mark.parametrize(
+    "hostile",
+    ["nul \0 inside", "half a pair \ud800", "emoji 😀 and \x1b[31m", "' OR 1=1 --", "\u2028", '{"a,b\\\\"}', "NULL", " "],
+)
 def test_hostile_text_survives_or_is_marked(store: Store, hostile: str) -> None:
     """Prompts, ids, keys and answers come back as they went in; messages for people lose what no database holds."""
     row = NewRow(row=0, custom_id=hostile, request={"prompt": hostile, "messages": None})
