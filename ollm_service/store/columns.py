@@ -71,6 +71,23 @@ def _now_on_sqlite(element: now_ms, compiler: SQLCompiler, **options: Any) -> st
     return "CAST(ROUND((julianday('now') - 2440587.5) * 86400000) AS INTEGER)"
 
 
+class byte_length(FunctionElement[int]):  # noqa: N801 - reads as the SQL function that it is
+    """The bytes of a text as UTF-8."""
+
+    type = BigInteger()
+    inherit_cache = True
+
+
+@compiles(byte_length, "postgresql")
+def _bytes_on_postgresql(element: byte_length, compiler: SQLCompiler, **options: Any) -> str:
+    return f"octet_length({compiler.process(element.clauses, **options)})"
+
+
+@compiles(byte_length, "sqlite")
+def _bytes_on_sqlite(element: byte_length, compiler: SQLCompiler, **options: Any) -> str:
+    return f"length(CAST({compiler.process(element.clauses, **options)} AS BLOB))"
+
+
 def encode_json(value: Any) -> str:
     """JSON text that is valid UTF-8: non-ASCII characters as themselves unless a lone surrogate is among them."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -1,6 +1,6 @@
 """What do users ask of jobs and plans: submit, look, cancel; and what do coordinators change of those that wait?"""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, Update, case, func, or_, select, update
@@ -20,7 +20,8 @@ from ollm_service.store.mapping import attempt_view, event_view, job_view, plan_
 from ollm_service.store.submission import NewJob, NewPlan, NewRow, ensure_classes, insert_job
 from ollm_service.store.tables import attempts, exclusions, job_rows, jobs, plan_classes, plan_events, results, runtime_plans
 from ollm_service.store.transitions import LIGHT_COLUMNS, append_event, end_early, lock_by_id
-from ollm_service.store.views import JobView, PlanDetail, PlanView, UnreadablePlan
+from ollm_service.store.views import JobView, PlanDetail, PlanView, UnreadablePlan, WaitingPlans
+from ollm_service.store.waiting import longest_rows, rows_left, waiting_plans
 
 __all__ = ["Jobs", "NewJob", "NewPlan", "NewRow"]
 
@@ -176,6 +177,26 @@ class Jobs:
             ]
 
         return self._database.read(work)
+
+    def waiting(self, job_id: str, tenant_id: str) -> Sequence[WaitingPlans]:
+        """A job's queued plans, those together that ask for the same. Raises NotFound."""
+
+        def work(connection: Connection) -> Sequence[WaitingPlans]:
+            _require_job(connection, job_id, tenant_id)
+            return waiting_plans(connection, job_id)
+
+        return self._database.read(work)
+
+    def longest_rows(self, plan_ids: Sequence[str], *, offset: int = 0, limit: int = 1000) -> Sequence[tuple[NewRow, int]]:
+        """Rows of these plans without a result, and the bytes of each as stored; a page of them.
+
+        First those with an output limit of their own, then the longest.
+        """
+        return self._database.read(lambda connection: longest_rows(connection, plan_ids, offset=offset, limit=limit))
+
+    def rows_left(self, job_id: str) -> Mapping[ExecutionState, int]:
+        """How many of a job's rows without a result are in plans of each state that is not final."""
+        return self._database.read(lambda connection: rows_left(connection, job_id))
 
     # --- cancelling
 

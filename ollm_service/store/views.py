@@ -85,6 +85,15 @@ class PlanView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WaitingPlans:
+    """Queued plans of one job that ask for the same. `plan` is the first of them; `rows_left` counts rows without a result."""
+
+    plan: PlanView
+    plan_ids: tuple[str, ...]
+    rows_left: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnreadablePlan:
     """A plan record that cannot be decoded; `error` names why without its contents. The first claim ends it."""
 
