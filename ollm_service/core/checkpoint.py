@@ -124,6 +124,7 @@ def profile_of(
         intermediate_size=facts.intermediate_size,
         vocabulary_size=facts.fact("vocab_size") or _embedding_rows(tensors),
         attention_heads=facts.heads,
+        attention_width=facts.heads * facts.head_size,
         layer_bytes=weights.layers,
         embedding_bytes=weights.embedding,
         head_bytes=weights.head,
@@ -135,6 +136,7 @@ def profile_of(
         sliding_window=kept.window,
         state_bytes_per_row=kept.per_row,
         cross_kv_bytes_per_token=kept.cross_per_token,
+        widest_kv_bytes_per_token=kept.widest_per_token,
         max_context_tokens=facts.context_tokens,
         has_chat_template=has_chat_template,
     )

@@ -22,7 +22,8 @@ class ModelProfile:
 
     What one row keeps: `kv_bytes_per_token` the layers of full attention, `sliding_kv_bytes_per_token` those that look back
     `sliding_window` tokens, `state_bytes_per_row` the recurrent and convolution states of layers without attention, and
-    `cross_kv_bytes_per_token` what a decoder keeps of each token of its source.
+    `cross_kv_bytes_per_token` what a decoder keeps of each token of its source; `widest_kv_bytes_per_token` the one layer whose
+    keys and values are the widest. `attention_width` is that of a layer's queries, all heads together.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ModelProfile:
     intermediate_size: int = 0
     vocabulary_size: int = 0
     attention_heads: int = 0
+    attention_width: int = 0
     layer_bytes: tuple[int, ...] = ()
     embedding_bytes: int = 0
     head_bytes: int = 0
@@ -54,6 +56,7 @@ class ModelProfile:
     sliding_window: int | None = None
     state_bytes_per_row: int = 0
     cross_kv_bytes_per_token: int = 0
+    widest_kv_bytes_per_token: int = 0
     max_context_tokens: int | None = None
     has_chat_template: bool = False
     has_gds_export: bool = False

@@ -53,13 +53,17 @@ _CONVOLUTION = re.compile(r"(?:conv1d|\.conv)\.weight$")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowState:
-    """What one row keeps, in bytes: per token, per token of the window, for the whole row, and per token of the source."""
+    """What one row keeps, in bytes: per token, per token of the window, for the whole row, and per token of the source.
+
+    `widest_per_token` is what the one layer keeps whose keys and values are the widest.
+    """
 
     full_per_token: int
     sliding_per_token: int
     window: int | None
     per_row: int
     cross_per_token: int
+    widest_per_token: int
 
 
 def row_state(config: ModelConfig, layers: Sequence[Sequence[Tensor]], dtype: str | None) -> RowState:
@@ -67,7 +71,7 @@ def row_state(config: ModelConfig, layers: Sequence[Sequence[Tensor]], dtype: st
     element = ELEMENT_BYTES.get(dtype or "", 4)
     count = len(layers) or config.layer_count
     window = config.fact("sliding_window", "attention_chunk_size") or None
-    full = sliding = cross = per_row = 0
+    full = sliding = cross = per_row = widest = 0
     for index, kind in enumerate(_kinds(config, count, window)):
         tensors = layers[index] if layers else ()
         width = 0 if kind in _STATEFUL | _NEITHER else _width(config, tensors)
@@ -75,17 +79,19 @@ def row_state(config: ModelConfig, layers: Sequence[Sequence[Tensor]], dtype: st
             sliding += width
         else:
             full += width
+        widest = max(widest, width)
         cross += _projected(tensors, is_cross=True)
         per_row += _state_bytes(config, tensors, element, must=kind in _STATEFUL | _BOTH)
-    full *= element
+    full, widest = full * element, widest * element
     if not (full or sliding or per_row):
-        full = UNKNOWN_KV_BYTES_PER_TOKEN
+        full = widest = UNKNOWN_KV_BYTES_PER_TOKEN
     return RowState(
         full_per_token=full,
         sliding_per_token=sliding * element,
         window=window if sliding else None,
         per_row=per_row,
         cross_per_token=cross * element,
+        widest_per_token=widest,
     )
 
 

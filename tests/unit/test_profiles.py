@@ -1,6 +1,7 @@
 """Does a profile agree with the model that transformers makes of the same files: its weights, part by part, and its cache?"""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers.utils.quantization_config import Mxfp4Config
 
 from ollm_service.core.model_config import ModelConfig
-from ollm_service.core.plan import GenericModelKind, ModelModality, NativeFamily
+from ollm_service.core.options import RuntimeConfig
+from ollm_service.core.plan import BackendId, GenericModelKind, ModelModality, NativeFamily, PassId, RuntimePlan
+from ollm_service.core.planning import plan
 from ollm_service.core.profile import ModelProfile
+from ollm_service.core.requirements import requirements_of
+from ollm_service.core.resolution import HeldModel
 from ollm_service.core.row_state import row_state
 from ollm_service.core.tensors import Tensor
 from ollm_service.core.weights import weigh
@@ -170,6 +175,19 @@ def test_linear_attention_keeps_a_state_and_no_tokens(profiles: Mapping[str, Mod
     assert profile.kv_bytes(1000) - profile.kv_bytes(999) == 2 * 2 * 8 * 4
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3-text", "gpt-oss", "mistral", "qwen3-next", "gpt2"])
+def test_the_widest_layer_is_known(models: Mapping[str, Any], profiles: Mapping[str, ModelProfile], family: str) -> None:
+    """What the one layer keeps of a token that keeps the most, and how wide its queries are."""
+    model, profile = models[family], profiles[family]
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=torch.arange(3, 9).unsqueeze(0), past_key_values=cache, use_cache=True)
+    attending = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None and layer.keys.dim() == 4]
+    assert profile.widest_kv_bytes_per_token == max(layer.keys.nbytes + layer.values.nbytes for layer in attending) // 6
+    heads = model.config.num_attention_heads
+    assert profile.attention_width == heads * attending[0].keys.shape[-1]
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3-next", "gpt-oss", "t5", "voxtral"])
 def test_half_precision_halves_the_weights(tmp_path: Path, family: str) -> None:
     """A bfloat16 checkpoint weighs what transformers loads of it, but for the sound positions that it keeps in float32."""
@@ -212,6 +230,47 @@ def test_packed_experts_weigh_what_they_unpack_to(tmp_path: Path) -> None:
     assert profile.weight_bytes == loaded_bytes(unpacked)
     assert profile.parameter_count == sum(tensor.numel() for tensor in unpacked.parameters())
     assert profile.expert_bytes == 4 * 4 * (3 * 32 * 32 + 2 * 32 + 32) * 2
+
+
+# ---------------------------------------------------------------------------------------- plans
+
+LLAMAS = "disk-cache,cpu-offload,mlp-chunking"
+QWENS = "disk-cache,cpu-offload,gpu-offload,moe-routing"
+PASSES: Mapping[str, str] = {
+    **dict.fromkeys(("llama", "llama-tied", "gemma3", "gemma3-text", "voxtral"), LLAMAS),
+    **dict.fromkeys(("qwen3-next", "qwen3-moe"), QWENS),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_is_planned_from_its_files(profiles: Mapping[str, ModelProfile], family: str) -> None:
+    """Native with its provider's passes, else generic by its kind; gpt-oss has no export here, and is generic for that reason."""
+    profile = profiles[family]
+    found = plan(f"path:{family}", [HeldModel(profile=profile, workers=("w",))], RuntimeConfig()).plan
+    if family in PASSES:
+        assert found.specialization_provider_id == f"{profile.family}-native"
+        assert ",".join(found.specialization_pass_ids) == PASSES[family]
+    else:
+        assert found.backend_id == BackendId.TRANSFORMERS_GENERIC
+        assert f"loads it as {profile.kind}" in found.reason
+    assert ("gds_export" in found.reason) is (family == "gpt-oss")
+    assert requirements_of(found, profile, RuntimeConfig()).kind == (profile.kind or "voxtral")
+
+
+@pytest.mark.parametrize("family", ["gemma3", "voxtral"])
+def test_images_and_sounds_need_the_files_of_a_processor(models: Mapping[str, Any], family: str, tmp_path: Path) -> None:
+    """Without them `multimodal` is refused with that reason; with them the shell is planned."""
+    folder = tmp_path / family
+    shutil.copytree(models["root"] / family, folder)
+    seeing = RuntimeConfig(multimodal=True)
+
+    def planned() -> RuntimePlan:
+        (profile,) = inspect_models(tmp_path, DigestCache())
+        return plan(f"path:{family}", [HeldModel(profile=profile, workers=("w",))], seeing).plan
+
+    assert "needs a processor" in planned().reason
+    (folder / "preprocessor_config.json").write_text("{}")
+    assert planned().specialization_pass_ids[-1] is PassId.MULTIMODAL_SHELL
 
 
 # ---------------------------------------------------------------------------------------- files of other makers
