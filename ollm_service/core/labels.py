@@ -14,6 +14,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from ollm_service.core.errors import InvalidExpression, shown
@@ -82,6 +83,7 @@ class Combination:
 Expression = Comparison | Negation | Combination
 
 
+@lru_cache(maxsize=256)  # a fleet is matched worker by worker
 def parse_expression(text: str) -> Expression:
     """Parse a label expression. Raises InvalidExpression saying where it went wrong."""
     if len(text) > _LONGEST:

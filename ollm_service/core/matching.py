@@ -50,7 +50,7 @@ def match_fleet(requirements: Requirements, fleet: Mapping[str, Capabilities]) -
 def attributes(capabilities: Capabilities) -> dict[str, str | float]:
     """What a label expression may name: the operator's labels and `node`, `device`, `gpu_memory_gb`, `host_memory_gb`."""
     main = capabilities.main_device
-    gpu_bytes = sum(device.memory_bytes for device in capabilities.devices if device.kind != "cpu")
+    gpu_bytes = sum([device.memory_bytes for device in capabilities.devices if device.kind != "cpu"])
     return {
         **capabilities.labels,
         "node": capabilities.node,
@@ -63,14 +63,18 @@ def attributes(capabilities: Capabilities) -> dict[str, str | float]:
 def devices_for(requirements: Requirements, capabilities: Capabilities) -> tuple[Device, ...]:
     """The devices that a plan may use, accelerators first: all of them, or those with the pinned id or of the pinned kind."""
     wanted = requirements.device
-    allowed = [device for device in capabilities.devices if wanted in (None, device.device_id, device.kind)]
+    allowed = [device for device in capabilities.devices if wanted is None or wanted in (device.device_id, device.kind)]
     return tuple(sorted(allowed, key=lambda device: (device.kind == "cpu", -device.memory_bytes)))
 
 
 def able_devices(requirements: Requirements, capabilities: Capabilities) -> tuple[Device, ...]:
     """Those of them that compute in the plan's dtype; a device that names no dtypes computes in any."""
-    allowed = devices_for(requirements, capabilities)
-    return tuple(device for device in allowed if requirements.dtype in (None, *device.dtypes) or not device.dtypes)
+    return _computing(requirements, devices_for(requirements, capabilities))
+
+
+def _computing(requirements: Requirements, devices: tuple[Device, ...]) -> tuple[Device, ...]:
+    dtype = requirements.dtype
+    return tuple(device for device in devices if dtype is None or not device.dtypes or dtype in device.dtypes)
 
 
 def _shortfalls(requirements: Requirements, capabilities: Capabilities) -> Iterator[str]:
@@ -94,7 +98,7 @@ def _shortfalls(requirements: Requirements, capabilities: Capabilities) -> Itera
             yield f"KV cache strategy {strategy}: {lacking}"
     yield from _model_shortfalls(requirements, capabilities)
     yield from _size_shortfalls(requirements, capabilities)
-    if not satisfies(requirements.where, attributes(capabilities)):
+    if requirements.where is not None and not satisfies(requirements.where, attributes(capabilities)):
         yield f"labels: `{requirements.where}` does not hold here"
 
 
@@ -111,7 +115,7 @@ def _size_shortfalls(requirements: Requirements, capabilities: Capabilities) -> 
     if not devices:
         yield f"device {requirements.device}: this worker has {', '.join(d.device_id for d in capabilities.devices)}"
         return
-    able = able_devices(requirements, capabilities)
+    able = _computing(requirements, devices)
     if not able:
         yield f"dtype {requirements.dtype}: not computed by {', '.join(device.device_id for device in devices)}"
     else:
