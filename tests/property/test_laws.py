@@ -59,6 +59,11 @@ def test_a_requirement_added_never_makes_a_refused_worker_eligible(
         assert isinstance(match(narrowed, worker), NoMatch)
 
 
+def test_the_law_is_about_every_clause() -> None:
+    """Whoever adds a field to the requirements adds it to what the law is tested with."""
+    assert {item.name for item in fields(Requirements)} == {"backend_id", *some.CLAUSES}
+
+
 @given(some.requirements(), some.capabilities, st.sampled_from(PassId), st.sampled_from(some.EXPRESSIONS))
 def test_a_demand_that_is_widened_never_makes_a_refused_worker_eligible(
     base: Requirements, worker: Capabilities, pass_id: PassId, where: str

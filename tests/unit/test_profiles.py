@@ -179,7 +179,7 @@ def test_linear_attention_keeps_a_state_and_no_tokens(profiles: Mapping[str, Mod
 def test_the_widest_layer_is_known(models: Mapping[str, Any], profiles: Mapping[str, ModelProfile], family: str) -> None:
     """What the one layer keeps of a token that keeps the most, and how wide its queries are."""
     model, profile = models[family], profiles[family]
-    cache = transformers.DynamicCache(config=model.config)
+    cache: Any = transformers.DynamicCache(config=model.config)
     with torch.inference_mode():
         model(input_ids=torch.arange(3, 9).unsqueeze(0), past_key_values=cache, use_cache=True)
     attending = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None and layer.keys.dim() == 4]
