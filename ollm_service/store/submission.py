@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from sqlalchemy import ARRAY, Connection, Insert, Integer, Text, bindparam, func, insert, select, update
+from sqlalchemy import JSON, Connection, Insert, Integer, Text, bindparam, cast, column, func, insert, select, update
 
 from ollm_service.core.leasing import RowError
 from ollm_service.core.lifecycle import Event, ExecutionState, step
@@ -80,17 +80,14 @@ class NewJob:
 
 _INSERT_JOB, _INSERT_ROWS, _INSERT_RESULTS = insert(jobs), insert(job_rows), insert(results)
 _INSERT_PLANS, _INSERT_EVENTS, _INSERT_CLASS = insert(runtime_plans), insert(plan_events), insert(plan_classes)
-# A placeholder for each value costs PostgreSQL's driver more time than the rest of a large submission: one for each column.
-_ROW_ARRAYS = (
-    func.unnest(
-        bindparam("rows", type_=ARRAY(Integer)),
-        *(bindparam(name, type_=ARRAY(Text)) for name in ("plan_ids", "custom_ids", "requests")),
-    )
-    .table_valued("row", "plan_id", "custom_id", "request")
-    .render_derived()
+# A placeholder for each value costs PostgreSQL's driver more time than the rest of a large submission: one text holds them all.
+_ROWS_IN_TEXT = (
+    func.json_to_recordset(cast(bindparam("rows", type_=Text), JSON))
+    .table_valued(column("row", Integer), *(column(name, Text) for name in ("plan_id", "custom_id", "request")))
+    .render_derived(with_types=True)
 )
-_INSERT_ROW_ARRAYS = insert(job_rows).from_select(
-    ["job_id", *_ROW_ARRAYS.c.keys()], select(bindparam("of_job", type_=Text), *_ROW_ARRAYS.c)
+_INSERT_ROWS_IN_TEXT = insert(job_rows).from_select(
+    ["job_id", *_ROWS_IN_TEXT.c.keys()], select(bindparam("of_job", type_=Text), *_ROWS_IN_TEXT.c)
 )
 _NOW = select(now_ms())
 _KNOWN_CLASSES = select(plan_classes.c.class_id).where(plan_classes.c.class_id.in_(bindparam("wanted", expanding=True)))
@@ -146,7 +143,8 @@ def _insert_rows(connection: Connection, job: NewJob) -> None:
     for start in range(0, len(job.rows), INSERT_BATCH):
         batch = job.rows[start : start + INSERT_BATCH]
         if connection.dialect.name == "postgresql":
-            connection.execute(_INSERT_ROW_ARRAYS, _arrays(job, batch))
+            texts = [_row_texts(job, row) for row in batch]
+            connection.execute(_INSERT_ROWS_IN_TEXT, {"of_job": job.job_id, "rows": encode_json(texts)})
         else:
             connection.execute(_INSERT_ROWS, [_row_values(job, row) for row in batch])
 
@@ -161,13 +159,13 @@ def _row_values(job: NewJob, row: NewRow) -> dict[str, Any]:
     }
 
 
-def _arrays(job: NewJob, rows: Sequence[NewRow]) -> dict[str, Any]:
+def _row_texts(job: NewJob, row: NewRow) -> dict[str, Any]:
+    """What is stored of a row, its JSON columns as the text that they keep."""
     return {
-        "of_job": job.job_id,
-        "rows": [row.row for row in rows],
-        "plan_ids": [job.plan_of_row[row.row] for row in rows],
-        "custom_ids": [encode_json(row.custom_id) for row in rows],
-        "requests": [encode_json(row.request) for row in rows],
+        "row": row.row,
+        "plan_id": job.plan_of_row[row.row],
+        "custom_id": encode_json(row.custom_id),
+        "request": encode_json(row.request),
     }
 
 
