@@ -50,8 +50,8 @@ class Draft:
         return self.requirements
 
 
-def draft(fleet: Snapshot, model: str, config: RuntimeConfig, where: str | None) -> Draft:
-    """Plan a model reference against the fleet.
+def draft(fleet: Snapshot, model: str, config: RuntimeConfig, where: str | None, *, preferred_digest: str | None = None) -> Draft:
+    """Plan a model reference against the fleet; `preferred_digest` decides between several models of one name.
 
     Raises InvalidReference, InvalidExpression, InvalidOption, ModelNotFound, and PlanNotExecutable where every folder of that
     name was refused as unsafe.
@@ -59,7 +59,7 @@ def draft(fleet: Snapshot, model: str, config: RuntimeConfig, where: str | None)
     if where is not None:
         parse_expression(where)
     try:
-        planned = plan(model, fleet.models, config)
+        planned = plan(model, fleet.models, config, preferred_digest=preferred_digest)
     except ModelNotFound as unknown:
         _raise_if_unsafe(model, fleet.workers)
         raise ModelNotFound(unknown.message, param=unknown.param, remedy=_known_models(fleet)) from unknown

@@ -21,6 +21,7 @@ class _Question:
     model: str
     config: RuntimeConfig
     where: str | None
+    digest: str | None
 
 
 def replan_stale(service: Service, fleet: Snapshot) -> int:
@@ -50,11 +51,15 @@ def replan_stale(service: Service, fleet: Snapshot) -> int:
 
 
 def _answer(view: PlanView, fleet: Snapshot, answers: dict[_Question, Draft | None]) -> Draft | None:
-    """How the plan would be made today; None where it could not be made: it stays as it is and waits for its model."""
-    question = _Question(model=view.model, config=view.config, where=view.requirements.where)
+    """How the plan would be made today; None where it could not be made: it stays as it is and waits for its model.
+
+    Of several models under its name it stays with the one that it has, so that one model answers the whole job.
+    """
+    needs = view.requirements
+    question = _Question(model=view.model, config=view.config, where=needs.where, digest=needs.model_digest)
     if question not in answers:
         try:
-            answers[question] = draft(fleet, question.model, question.config, question.where)
+            answers[question] = draft(fleet, question.model, question.config, question.where, preferred_digest=question.digest)
         except RequestError:
             answers[question] = None
     return answers[question]

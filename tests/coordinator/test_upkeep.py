@@ -121,18 +121,29 @@ def test_a_plan_whose_model_left_waits_for_it_unchanged(service: Service) -> Non
 
 
 def test_a_half_answered_plan_keeps_its_weights(service: Service) -> None:
-    """Rows of one plan are answered by one model, even when most workers now have other weights under its name."""
+    """Rows of one plan are answered by one model, even when there are only other weights under its name by now."""
     worker_id = new_worker(service.store, "a")
     job = submit(service, submission()).job
     lease_id = claim_one(service, worker_id).lease_id
     service.store.leases.record(lease_id, [RowResult(row=0, text="4", finish_reason="stop")], REPORT)
     service.store.leases.release(lease_id, reason="drain")
+    service.store.leases.retire(worker_id)
     for node in ("b", "c"):
         new_worker(service.store, node, models=(replace(PROFILE, digest="e" * 64),))
     sweep(service)
     assert plan_of(service, job.job_id).requirements.model_digest == PROFILE.digest
     fresh = submit(service, submission()).job
     assert plan_of(service, fresh.job_id).requirements.model_digest == "e" * 64
+
+
+def test_a_job_stays_with_its_model_while_somebody_has_it(service: Service) -> None:
+    """Another model of the same name, however common, does not answer plans that were made for the first."""
+    new_worker(service.store)
+    job = submit(service, submission()).job
+    for node in ("x", "y"):
+        new_worker(service.store, node, models=(replace(PROFILE, digest="e" * 64),))
+    sweep(service)
+    assert plan_of(service, job.job_id).requirements.model_digest == PROFILE.digest
 
 
 def test_the_sweep_hints_as_many_as_are_idle(service: Service) -> None:
