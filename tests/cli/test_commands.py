@@ -135,7 +135,7 @@ def test_an_interrupted_command_keeps_what_it_has(live: LiveService, worker_id: 
         (("--backend", "magic"), 2, "optimized-native"),
         (("--temperature", "-1"), 2, "temperature"),
         (("--max-new-tokens", "many"), 2, "max-new-tokens"),
-        (("--offload-cpu-layers", "2"), 3, "cpu-offload"),
+        (("--offload-gpu-layers", "2"), 3, "gpu-offload"),
         (("--where", "zone = 1"), 2, "label expression"),
         (("--deadline", "soon"), 2, "90s"),
         (("--nonsense",), 2, "nonsense"),
@@ -207,9 +207,9 @@ def test_a_preview_tells_the_plan_and_who_can_run_it(command: Command, service: 
     assert "attic: can run it" in done.stdout
     (found,) = parsed(command("preview", "-m", "tiny", "--json").stdout)
     assert found["runtime_plan"]["reason"] in done.stdout
-    refused = command("preview", "tiny", "--offload-cpu-layers", "2")
+    refused = command("preview", "tiny", "--offload-gpu-layers", "2")
     assert refused.returncode == 3
-    assert "cpu-offload" in refused.stdout + refused.stderr
+    assert "gpu-offload" in refused.stdout + refused.stderr
     assert command("preview").returncode == 2
     assert not service.store.jobs.list("default", limit=1)
 
