@@ -1,6 +1,6 @@
 """Which workers can honour what a plan requires, and why can the others not?"""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ollm_service.core.capabilities import Capabilities, Device
@@ -32,10 +32,13 @@ class FleetMatch:
     refused: Mapping[str, NoMatch]
 
 
+_MATCH = Match()
+
+
 def match(requirements: Requirements, capabilities: Capabilities) -> Match | NoMatch:
     """Whether one worker can honour the requirements. Adding a requirement never turns NoMatch into Match."""
     reasons = tuple(_shortfalls(requirements, capabilities))
-    return NoMatch(reasons=reasons) if reasons else Match()
+    return NoMatch(reasons=reasons) if reasons else _MATCH
 
 
 def match_fleet(requirements: Requirements, fleet: Mapping[str, Capabilities]) -> FleetMatch:
@@ -62,19 +65,24 @@ def attributes(capabilities: Capabilities) -> dict[str, str | float]:
 
 def devices_for(requirements: Requirements, capabilities: Capabilities) -> tuple[Device, ...]:
     """The devices that a plan may use, accelerators first: all of them, or those with the pinned id or of the pinned kind."""
-    wanted = requirements.device
-    allowed = [device for device in capabilities.devices if wanted is None or wanted in (device.device_id, device.kind)]
-    return tuple(sorted(allowed, key=lambda device: (device.kind == "cpu", -device.memory_bytes)))
+    return tuple(sorted(_allowed(requirements, capabilities), key=lambda device: (device.kind == "cpu", -device.memory_bytes)))
 
 
 def able_devices(requirements: Requirements, capabilities: Capabilities) -> tuple[Device, ...]:
     """Those of them that compute in the plan's dtype; a device that names no dtypes computes in any."""
-    return _computing(requirements, devices_for(requirements, capabilities))
+    return tuple(_computing(requirements, devices_for(requirements, capabilities)))
 
 
-def _computing(requirements: Requirements, devices: tuple[Device, ...]) -> tuple[Device, ...]:
+def _allowed(requirements: Requirements, capabilities: Capabilities) -> Sequence[Device]:
+    wanted = requirements.device
+    if wanted is None:
+        return capabilities.devices
+    return [device for device in capabilities.devices if wanted in (device.device_id, device.kind)]
+
+
+def _computing(requirements: Requirements, devices: Sequence[Device]) -> Sequence[Device]:
     dtype = requirements.dtype
-    return tuple(device for device in devices if dtype is None or not device.dtypes or dtype in device.dtypes)
+    return [device for device in devices if dtype is None or not device.dtypes or dtype in device.dtypes]
 
 
 def _shortfalls(requirements: Requirements, capabilities: Capabilities) -> Iterator[str]:
@@ -111,13 +119,14 @@ def _model_shortfalls(requirements: Requirements, capabilities: Capabilities) ->
 
 
 def _size_shortfalls(requirements: Requirements, capabilities: Capabilities) -> Iterator[str]:
-    devices = devices_for(requirements, capabilities)
+    devices = _allowed(requirements, capabilities)
     if not devices:
         yield f"device {requirements.device}: this worker has {', '.join(d.device_id for d in capabilities.devices)}"
         return
     able = _computing(requirements, devices)
     if not able:
-        yield f"dtype {requirements.dtype}: not computed by {', '.join(device.device_id for device in devices)}"
+        ordered = devices_for(requirements, capabilities)
+        yield f"dtype {requirements.dtype}: not computed by {', '.join(device.device_id for device in ordered)}"
     else:
         offloads = capabilities.passes.get(PassId.CPU_OFFLOAD, "not known to this worker") is None
         needed = requirements.offloaded_bytes if offloads else requirements.memory_bytes
