@@ -34,7 +34,7 @@ check: lint test ## what CI runs: lint, then test
 
 pages: setup ## write the pages of docs/ that are made from the code
 	$(PY) scripts/write_settings_page.py
-	$(PY) scripts/write_planning_page.py
+	$(PY) -m scripts.write_planning_page
 
 chaos: setup servers ## break everything at random for five minutes (CHAOS_SECONDS, CHAOS_SEED)
 	CHAOS_SECONDS=$${CHAOS_SECONDS:-300} $(PY) -m pytest tests/chaos -s
