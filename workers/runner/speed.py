@@ -1,4 +1,4 @@
-"""How fast are this machine's devices, as torch uses them? Measured in half a second, for the quotes of jobs."""
+"""How fast are this machine's devices, as torch uses them? Measured in a fraction of a second, for the quotes of jobs."""
 
 import time
 from collections.abc import Callable
@@ -7,8 +7,8 @@ import torch
 
 from ollm_service.core.wire import DeviceSpeed, Speed
 
-SECONDS = 0.03  # of trying, for each size
-TOO_LONG_SECONDS = 0.1  # larger sizes are left out
+SECONDS = 0.01  # of trying, for each size
+TOO_LONG_SECONDS = 0.04  # larger sizes are left out
 READ_BYTES = (16 * 1024**2, 64 * 1024**2, 256 * 1024**2, 1024**3)
 ROWS, WIDTHS = 64, (256, 512, 1024, 2048, 4096, 8192)  # a micro-batch's tokens through layers of growing width
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
