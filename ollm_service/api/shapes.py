@@ -100,12 +100,11 @@ class VerdictBody(BaseModel):
 
 
 class PlanDetailBody(PlanBody):
-    """A plan record with its history, and for a plan that waits, what each worker says to it."""
+    """A plan record with its history."""
 
     planned: dict[str, Any] = Field(description="The RuntimePlan as it was planned, before any attempt.")
     events: list[EventBody]
     attempts: list[AttemptBody]
-    workers: list[VerdictBody]
 
 
 class JobBody(BaseModel):
@@ -282,14 +281,13 @@ def plan_body(plan: PlanView) -> PlanBody:
     return PlanBody(**_plan_fields(plan))
 
 
-def plan_detail_body(detail: PlanDetail, verdicts: Sequence[Verdict]) -> PlanDetailBody:
-    """A plan record with its history and what each worker says to it."""
+def plan_detail_body(detail: PlanDetail) -> PlanDetailBody:
+    """A plan record with its history."""
     return PlanDetailBody(
         **_plan_fields(detail.plan),
         planned=detail.plan.planned.as_dict(),
         events=[_event_body(event) for event in detail.events],
         attempts=[_attempt_body(attempt) for attempt in detail.attempts],
-        workers=[verdict_body(verdict) for verdict in verdicts],
     )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ollm_service import __version__
-from ollm_service.cli import amend, doctor, fleet, jobs, plans, preview, service
+from ollm_service.cli import amend, doctor, explain, fleet, jobs, plans, preview, service
 from ollm_service.cli.output import exit_code, report, say
 from ollm_service.core.errors import OllmError
 
@@ -38,7 +38,7 @@ for name, panel, verb in (
     ("preview", PLANS, preview.preview),
     ("plans", PLANS, plans.list_plans),
     ("plan", PLANS, plans.show_plan),
-    ("explain", PLANS, plans.explain),
+    ("explain", PLANS, explain.explain),
     ("workers", FLEET, fleet.workers),
     ("models", FLEET, fleet.models),
     ("drain", FLEET, fleet.drain),

@@ -1,8 +1,7 @@
 """Which commands show plans: before they run, while they wait, and what became of them?"""
 
 import itertools
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -10,14 +9,13 @@ import typer
 from ollm_service.cli.output import (
     AsJson,
     bytes_in_words,
-    count,
     print_facts,
     print_json,
     print_json_lines,
     print_table,
     say,
 )
-from ollm_service.client import Client, Plan, Verdict
+from ollm_service.client import Client, Plan
 from ollm_service.core.lifecycle import ExecutionState
 from ollm_service.core.plan import RuntimePlan
 
@@ -70,7 +68,7 @@ def show_plan(plan_id: PlanId, as_json: AsJson = False) -> None:
         print_json(plan.raw)
         return
     print_facts({"plan": plan.id, "state": plan.state, "rows": plan.row_count, "class": plan.class_id})
-    _print_plan(plan.runtime_plan, plan.condition)
+    print_plan(plan.runtime_plan, plan.condition)
     say("")
     _print_history(plan)
     for attempt in plan.attempts:
@@ -87,38 +85,8 @@ def show_plan(plan_id: PlanId, as_json: AsJson = False) -> None:
         )
 
 
-def explain(
-    target: Annotated[str, typer.Argument(metavar="PLAN|JOB", help="A plan's or a job's id.", show_default=False)],
-    as_json: AsJson = False,
-) -> None:
-    """Say why a plan is where it is: its condition, and for each worker why it can or cannot take it."""
-    with Client() as client:
-        ids = [plan.id for plan in client.plans(target)] if target.startswith("job_") else [target]
-        # A job's plans mostly wait for the same thing: one of each kind is shown.
-        plans = _one_of_each(client.plan(plan_id) for plan_id in ids)
-    if as_json:
-        print_json_lines(plan.raw for plan, _ in plans)
-        return
-    for plan, alike in plans:
-        say(f"{plan.id} is {plan.state}" + (f", and so are {count(alike - 1, 'other plan')}" if alike > 1 else "") + ".")
-        _print_plan(plan.runtime_plan, plan.condition)
-        reason = plan.raw.get("reason")
-        if reason:
-            print_facts({"last step": reason})
-        _print_verdicts(plan.verdicts)
-
-
-def _one_of_each(plans: Iterable[Plan]) -> list[tuple[Plan, int]]:
-    first: dict[tuple[str, ...], Plan] = {}
-    alike: Counter[tuple[str, ...]] = Counter()
-    for plan in plans:
-        key = (plan.class_id, plan.state, plan.condition or "", plan.reason)
-        first.setdefault(key, plan)
-        alike[key] += 1
-    return [(plan, alike[key]) for key, plan in first.items()]
-
-
-def _print_plan(plan: RuntimePlan, condition: str | None) -> None:
+def print_plan(plan: RuntimePlan, condition: str | None) -> None:
+    """How a plan runs, and why so."""
     print_facts(
         {
             "runs on": plan.backend_id or "nothing",
@@ -143,11 +111,6 @@ def _print_history(plan: Plan) -> None:
         ("WHEN", "WHAT", "FROM", "TO", "NODE", "WHY"),
         [(at.astimezone().strftime("%H:%M:%S.%f")[:-3], kind, *rest) for at, kind, *rest in rows],
     )
-
-
-def _print_verdicts(verdicts: Iterable[Verdict]) -> None:
-    for verdict in verdicts:
-        say(f"{verdict.node}: {'can run it' if verdict.eligible else 'cannot: ' + '; '.join(verdict.reasons)}")
 
 
 def _in_words(figures: Mapping[str, object]) -> str:

@@ -143,6 +143,15 @@ class Client:
         job_id = job.id if isinstance(job, Job) else job
         return (Plan.from_raw(raw) for raw in self._pages("/v1/plans", job=job_id, state=state))
 
+    def explain(self, job: Job | str) -> Mapping[str, Any]:
+        """Where a job's rows are, which of them fit no worker, and what giving up what they ask for would bring. JSON.
+
+        Raises NotFound.
+        """
+        job_id = job.id if isinstance(job, Job) else job
+        answer: Mapping[str, Any] = self._transport.get(f"/v1/jobs/{_in_path(job_id)}/explain")
+        return answer
+
     def retry(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
         """Make a new job of a job's failed rows. Raises Conflict while it runs and where nothing failed."""
         body = {"idempotency_key": uuid.uuid4().hex if idempotency_key is None else idempotency_key}

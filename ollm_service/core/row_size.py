@@ -21,6 +21,11 @@ def most_tokens(request: Mapping[str, Any], max_new_tokens: int) -> int:
 
     No tokenizer makes more tokens of a text than it has bytes.
     """
-    own = (request.get("generation") or {}).get("max_new_tokens")
     messages = len(request.get("messages") or ())
-    return prompt_bytes(request) + MESSAGE_TOKENS * messages + TEMPLATE_TOKENS + (own or max_new_tokens)
+    return prompt_bytes(request) + MESSAGE_TOKENS * messages + TEMPLATE_TOKENS + (own_limit(request) or max_new_tokens)
+
+
+def own_limit(request: Mapping[str, Any]) -> int | None:
+    """How many tokens a row may answer at most, where it says so itself."""
+    limit: int | None = (request.get("generation") or {}).get("max_new_tokens")
+    return limit

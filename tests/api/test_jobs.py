@@ -147,6 +147,33 @@ def test_a_waiting_plan_explains_what_each_worker_lacks(http: TestClient, servic
     ]
 
 
+def test_what_stands_in_the_way_is_explained(http: TestClient, service: Service, worker_id: str) -> None:
+    """Of a job and of one plan: rows, demands with their commands, what each worker says, and who is offline."""
+    service.store.leases.retire(new_worker(service.store, "cellar"))
+    job = http.post("/v1/jobs", json={**JOB, "where": 'zone == "moon"'}).json()
+    explained = http.get(f"/v1/jobs/{job['id']}/explain").json()
+    assert {name: explained[name] for name in ("row_count", "answered", "running", "waiting", "stuck")} == {
+        "row_count": 2,
+        "answered": 0,
+        "running": 0,
+        "waiting": 2,
+        "stuck": 2,
+    }
+    (group,) = explained["groups"]
+    plan = http.get(f"/v1/plans/{job['plans'][0]['id']}").json()
+    for found in (group, plan):
+        (way,) = found["conflicts"]["ways"]
+        assert (way["give_up"], way["node"]) == ([{"kind": "labels", "words": 'zone == "moon"'}], "attic")
+        assert way["command"] == f"ollm-service amend {job['id']} --where any"
+        assert way["placement"]["tier"] == "all on device"
+        assert [(worker["node"], worker["state"], worker["eligible"]) for worker in found["workers"]] == [
+            ("attic", "active", False)
+        ]
+        assert [(worker["node"], worker["state"]) for worker in found["offline"]] == [("cellar", "gone")]
+    assert (group["plan_ids"], group["rows_left"], group["condition"]) == ([plan["id"]], 2, "no-capable-worker")
+    assert http.get("/v1/jobs/job_none/explain").status_code == 404
+
+
 def test_cancelling_ends_what_waits_and_twice_is_harmless(http: TestClient, worker_id: str) -> None:
     """The answer is the job as it is then; its rows carry the error."""
     job_id = http.post("/v1/jobs", json=JOB).json()["id"]

@@ -215,12 +215,20 @@ def test_a_preview_tells_the_plan_and_who_can_run_it(command: Command, service: 
 
 
 def test_a_plan_that_waits_is_explained(command: Command, worker_id: str) -> None:
-    """explain names the condition and, for each worker, the clause that refuses it; by plan and by job."""
+    """explain names the condition, for each worker the clause that refuses it, and the command that drops it; by plan and job."""
     (job,) = parsed(command("submit", "-", "-m", "tiny", "--where", 'zone == "moon"', "--json", given=ROWS).stdout)
     for target in (job["id"], job["plans"][0]["id"]):
         told = command("explain", target).stdout
         assert "no-capable-worker" in told
-        assert 'attic: cannot: labels: `zone == "moon"` does not hold here' in told
+        assert 'attic  cannot: labels: `zone == "moon"` does not hold here' in told
+        assert " 1 zone == \"moon\"  → attic, all on device, 64 rows at a time" in told
+        assert f"ollm-service amend {job['id']} --where any\n" in told
+        (found,) = parsed(command("explain", target, "--json").stdout)
+        assert found.get("stuck", found.get("stuck_rows")) == 2
+    command(*f"amend {job['id']} --where any".split())
+    told = command("explain", job["id"]).stdout
+    assert told.startswith("Of 2 rows 2 wait for their turn; every row that waits fits a connected worker.")
+    assert "attic  fits: all on device on cpu, 64 rows at a time" in told
 
 
 def test_a_job_that_waits_is_changed(command: Command, service: Service, worker_id: str) -> None:

@@ -4,12 +4,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response, status
 
+from ollm_service.api.explanations import JobExplanationBody, job_explanation_body
 from ollm_service.api.openapi import body_of, failures
 from ollm_service.api.requests import AmendRequest, JobRequest, RetryRequest, body_digest, parse_body
 from ollm_service.api.results import stream_results
 from ollm_service.api.routes.access import After, JobId, Limit, RawBody, ServiceHere
 from ollm_service.api.shapes import PLANS_SHOWN, AmendedJobBody, JobBody, JobPage, PlanPage, job_body, plan_body
 from ollm_service.coordinator.amending import Change, amend
+from ollm_service.coordinator.explaining import explain_job
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
 from ollm_service.coordinator.submission import Submission, Submitted, retry, submit
 from ollm_service.store.views import JobView
@@ -65,6 +67,12 @@ def list_plans(service: ServiceHere, job_id: JobId, after: After = None, limit: 
     """All plans of a job, in order."""
     plans = service.store.jobs.plans(job_id, DEFAULT_TENANT, after=after, limit=limit + 1)
     return PlanPage.of([plan_body(plan) for plan in plans], limit=limit)
+
+
+@router.get("/{job_id}/explain", operation_id="explainJob", summary="Explain why a job waits", responses=failures(401, 404, 503))
+def explain(service: ServiceHere, job_id: JobId) -> JobExplanationBody:
+    """Where its rows are, which of them fit no worker, which demands cannot all hold, and what giving one up would bring."""
+    return job_explanation_body(explain_job(service, job_id, DEFAULT_TENANT))
 
 
 @router.post("/{job_id}/cancel", operation_id="cancelJob", summary="Cancel a job", responses=failures(401, 404, 503))

@@ -5,22 +5,21 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from ollm_service.api import requests
+from ollm_service.api.explanations import ExplainedPlanBody, explained_plan_body
 from ollm_service.api.openapi import body_of, failures
 from ollm_service.api.requests import parse_body
 from ollm_service.api.routes.access import After, InJob, Limit, PlanId, RawBody, ServiceHere
 from ollm_service.api.shapes import (
-    PlanDetailBody,
     PlanPage,
     PreviewBody,
     RowProblem,
     RowsPreview,
     main_placement,
     plan_body,
-    plan_detail_body,
     quote_body,
     verdict_body,
 )
-from ollm_service.coordinator.fleet import verdicts
+from ollm_service.coordinator.explaining import explain_plan
 from ollm_service.coordinator.preview import Preview, PreviewRequest, preview
 from ollm_service.coordinator.service import DEFAULT_TENANT
 from ollm_service.core.lifecycle import ExecutionState
@@ -64,11 +63,13 @@ def list_plans(
 
 
 @router.get("/{plan_id}", operation_id="getPlan", summary="Show and explain a plan", responses=failures(401, 404, 503))
-def get_plan(service: ServiceHere, plan_id: PlanId) -> PlanDetailBody:
-    """A plan with its history and attempts; while it is not final, also whether each worker could take it."""
+def get_plan(service: ServiceHere, plan_id: PlanId) -> ExplainedPlanBody:
+    """A plan with its history and attempts; while it is not final, also whether each worker could take it.
+
+    Where one that waits has rows that fit no worker: which demands cannot all hold, and what giving one up would bring.
+    """
     detail = service.store.jobs.plan(plan_id, DEFAULT_TENANT)
-    found = () if detail.plan.state.is_final else verdicts(detail.plan.requirements, service.fleet.fresh().workers)
-    return plan_detail_body(detail, found)
+    return explained_plan_body(detail, explain_plan(service, detail.plan, DEFAULT_TENANT))
 
 
 def _body(found: Preview, model: str) -> PreviewBody:
