@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
+from ollm_service.coordinator.fleet import verdicts
 from ollm_service.coordinator.preview import PreviewRequest, preview
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
 from ollm_service.coordinator.submission import ROWS_PER_PLAN, retry, submit
+from ollm_service.coordinator.upkeep import sweep
 from ollm_service.core.errors import (
     Conflict,
     IdempotencyConflict,
@@ -21,7 +23,8 @@ from ollm_service.core.errors import (
 )
 from ollm_service.core.leasing import RowError
 from ollm_service.core.lifecycle import ExecutionState, JobState
-from ollm_service.core.plan import BackendId
+from ollm_service.core.plan import BackendId, GenericModelKind
+from ollm_service.core.profile import ModelProfile
 from tests.coordinator.services import ROWS, answer, claim_one, sent_hints, submission
 from tests.store.samples import PROFILE, new_worker
 
@@ -29,6 +32,31 @@ from tests.store.samples import PROFILE, new_worker
 def jobs_of(service: Service) -> list[str]:
     """The ids of all jobs."""
     return [job.job_id for job in service.store.jobs.list(DEFAULT_TENANT)]
+
+
+@pytest.mark.parametrize(
+    ("model", "runtime", "reason"),
+    [
+        (replace(PROFILE, kind=GenericModelKind.SEQ2SEQ_LM, family=None), {}, "models of kind seq2seq-lm: not yet"),
+        (PROFILE, {"adapter_dir": "lora"}, "adapters: not known to this worker"),
+    ],
+)
+def test_what_no_worker_runs_yet_waits_with_the_reason(
+    service: Service, model: ModelProfile, runtime: dict[str, Any], reason: str
+) -> None:
+    """A kind of model or an adapter is planned and stored; every worker says why it cannot take it, and one that can may come."""
+    backends = dict.fromkeys(BackendId)
+    new_worker(service.store, models=(model,), backends=backends, kinds={"causal-lm": None, "seq2seq-lm": "not yet"})
+    job = submit(service, submission(runtime=runtime)).job
+    (plan,) = service.store.jobs.plans(job.job_id, DEFAULT_TENANT)
+    assert (plan.planned.backend_id, plan.condition) == (BackendId.TRANSFORMERS_GENERIC, "no-capable-worker")
+    (verdict,) = verdicts(plan.requirements, service.fleet.snapshot().workers)
+    assert verdict.reasons == (reason,)
+    kinds = dict.fromkeys(kind.value for kind in GenericModelKind)
+    new_worker(service.store, "able", models=(model,), backends=backends, kinds=kinds, no_adapters_because=None)
+    sweep(service)
+    (plan,) = service.store.jobs.plans(job.job_id, DEFAULT_TENANT)
+    assert plan.condition is None
 
 
 def test_rows_are_split_into_plans_of_at_most_256(service: Service) -> None:

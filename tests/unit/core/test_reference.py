@@ -61,6 +61,11 @@ def test_references_are_parsed(
         "hf:@main",
         "@main",
         "name@",
+        "name@sha256:",
+        "name@sha256:abc",
+        "name@sha256:ABCDEF",
+        "name@sha256:" + "a" * 65,
+        "org/name@sha256:../..",
         "org/name@",
         "hf:..",
         "hf:../..",
@@ -108,6 +113,15 @@ def test_hostile_references_are_refused(text: str) -> None:
     assert (refusal.value.status, refusal.value.code) == (400, "invalid_model_reference")
     assert refusal.value.message.isprintable()
     assert len(refusal.value.message) < 300
+
+
+@pytest.mark.parametrize("name", ["alias", "org/name", "hf:name", "my model"])
+def test_a_digest_stands_in_place_of_a_revision(name: str) -> None:
+    """It chooses among the models of a name, and is no part of the folder's."""
+    reference = parse_reference(f"{name}@sha256:{'0a' * 32}")
+    assert (reference.digest, reference.revision) == ("0a" * 32, None)
+    assert reference.directory_name == parse_reference(name).directory_name
+    assert parse_reference(f"{name}@main").digest is None
 
 
 def test_a_host_path_is_told_what_to_write_instead() -> None:
