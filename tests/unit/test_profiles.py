@@ -319,6 +319,15 @@ def test_configurations_older_than_layer_types_alternate_as_transformers_does(mo
     assert listed.sliding_per_token > 0
 
 
+def test_what_a_configuration_leaves_to_defaults_is_read_from_shapes(models: Mapping[str, Any]) -> None:
+    """Gemma's own files name neither heads nor their width nor layer types: transformers fills them in, and so do we."""
+    whole = models["gemma3-text"].config.to_dict()
+    kept = ("architectures", "hidden_size", "intermediate_size", "model_type", "num_hidden_layers", "sliding_window")
+    bare = ModelConfig.read({name: whole[name] for name in kept})
+    layers = weigh(tensors_of(models["gemma3-text"]), bare, "float32").layer_tensors
+    assert row_state(bare, layers, "float32") == row_state(ModelConfig.read(whole), layers, "float32")
+
+
 def test_a_window_that_is_switched_off_is_none() -> None:
     """qwen2 names a window that it does not use unless told to, and then only from a certain layer on."""
     plain = {**transformers.Qwen2Config(num_hidden_layers=4).to_dict(), "layer_types": None, "sliding_window": 8}
