@@ -4,7 +4,6 @@ Every way out is one verb of the store: `record` of the last row, `fail`, `crash
 is lost. While the database is away, finished results wait here, and are recorded if it comes back before the lease is too old.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from ollm_service.core.plan import PassId, RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import demanded_passes
 from ollm_service.core.retry import Failure
+from ollm_service.core.row_size import most_tokens, prompt_bytes
 from ollm_service.core.wire import (
     AttemptFailed,
     BatchDone,
@@ -44,8 +44,6 @@ from workers.supervisor import Died
 TICK_SECONDS = 0.1
 DECLINE_MS = 15_000
 RETRY_RECORD_SECONDS = 0.5
-TEMPLATE_TOKENS = 64  # what a chat template may add to a row, and to each message
-MESSAGE_TOKENS = 16
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -147,7 +145,7 @@ class Attempt:
     def _order(self, profile: ModelProfile) -> bool:
         """Place the plan and hand it to the runner; False where it was declined."""
         work = self._assignment
-        lengths = [most_tokens(row) for row in work.rows if row.row in self._missing]
+        lengths = [most_tokens(request_of(row), row.generation.max_new_tokens) for row in work.rows if row.row in self._missing]
         placed = place(
             self._plan,
             profile,
@@ -257,7 +255,7 @@ class Attempt:
     def _count(self, rows: Iterable[int]) -> None:
         """Count what answered rows brought and what they might have taken: what quotes are made of."""
         for row in map(self._rows.__getitem__, rows):
-            self._answered["prompt_bytes"] += prompt_bytes(row)
+            self._answered["prompt_bytes"] += prompt_bytes(request_of(row))
             self._answered["allowed_tokens"] += row.generation.max_new_tokens
 
     def _fall_back(self, failed: SpecializationFailed, profile: ModelProfile) -> None:
@@ -445,13 +443,6 @@ class Attempt:
         return {**placement.kv_details, **chosen}
 
 
-def most_tokens(row: WorkRow) -> int:
-    """A bound on a row's tokens with its output: no tokenizer makes more tokens of a text than it has bytes."""
-    return prompt_bytes(row) + MESSAGE_TOKENS * len(row.messages or ()) + TEMPLATE_TOKENS + row.generation.max_new_tokens
-
-
-def prompt_bytes(row: WorkRow) -> int:
-    """The bytes of a row's prompt, or of its messages as JSON."""
-    if row.prompt is not None:
-        return len(row.prompt.encode())
-    return sum(len(json.dumps(message, ensure_ascii=False).encode()) for message in row.messages or ())
+def request_of(row: WorkRow) -> dict[str, Any]:
+    """What was asked for, as it was submitted."""
+    return {"prompt": row.prompt, "messages": row.messages}

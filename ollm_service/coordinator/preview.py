@@ -1,6 +1,5 @@
 """What would run where, how, and when would it be done? The answer to a submission that nobody has made yet."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +9,11 @@ from ollm_service.coordinator.fleet import Verdict, verdicts
 from ollm_service.coordinator.promises import rows_digest
 from ollm_service.coordinator.rows import check_rows
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
-from ollm_service.coordinator.submission import ROWS_PER_PLAN
+from ollm_service.coordinator.submission import ROWS_PER_PLAN, chunks
 from ollm_service.core.known_devices import as_offered_by, hypothetical
 from ollm_service.core.options import GenerationConfig
 from ollm_service.core.quote import Candidate, Job, Quote, RowSize, quote
+from ollm_service.core.row_size import own_limit, prompt_bytes
 from ollm_service.store.jobs import NewRow
 from ollm_service.store.quotes import StoredPreview
 from ollm_service.store.views import WorkerView
@@ -36,7 +36,8 @@ class PreviewRequest:
 class Preview:
     """A draft, what each worker says to it, the checked rows where some were given, and then a quote.
 
-    `preview_id` names it to a submission; None for a plan that is not executable.
+    `preview_id` names it to a submission; None for a plan that is not executable. `plans_total` is how many plan records the rows
+    would become.
     """
 
     draft: Draft
@@ -44,11 +45,7 @@ class Preview:
     rows: Sequence[NewRow] | None
     quote: Quote | None
     preview_id: str | None
-
-    @property
-    def plans_total(self) -> int:
-        """How many plan records the rows would become."""
-        return -(-len(self.rows or ()) // ROWS_PER_PLAN)
+    plans_total: int
 
 
 def preview(service: Service, request: PreviewRequest) -> Preview:
@@ -63,7 +60,8 @@ def preview(service: Service, request: PreviewRequest) -> Preview:
     found = () if drafted.requirements is None else verdicts(drafted.requirements, drafted.fleet.workers)
     quoted = None if checked is None else _quote(service, drafted, checked, settings, request.if_workers)
     preview_id = _keep(service, drafted, request, quoted)
-    return Preview(draft=drafted, verdicts=found, rows=checked, quote=quoted, preview_id=preview_id)
+    plans_total = sum(1 for _ in chunks(checked or (), settings, drafted))
+    return Preview(draft=drafted, verdicts=found, rows=checked, quote=quoted, preview_id=preview_id, plans_total=plans_total)
 
 
 def _keep(service: Service, drafted: Draft, request: PreviewRequest, quoted: Quote | None) -> str | None:
@@ -121,11 +119,4 @@ def _example(workers: Sequence[WorkerView]) -> WorkerView | None:
 
 
 def _size(row: NewRow, settings: GenerationConfig) -> RowSize:
-    request = row.request
-    prompt = request.get("prompt")
-    if isinstance(prompt, str):
-        given = len(prompt.encode())
-    else:
-        given = sum(len(json.dumps(message, ensure_ascii=False).encode()) for message in request.get("messages") or ())
-    limit = settings.merged_with(request.get("generation") or {}).max_new_tokens
-    return RowSize(prompt_bytes=given, max_new_tokens=limit)
+    return RowSize(prompt_bytes=prompt_bytes(row.request), max_new_tokens=own_limit(row.request) or settings.max_new_tokens)
