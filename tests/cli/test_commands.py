@@ -221,7 +221,7 @@ def test_a_plan_that_waits_is_explained(command: Command, worker_id: str) -> Non
         told = command("explain", target).stdout
         assert "no-capable-worker" in told
         assert 'attic  cannot: labels: `zone == "moon"` does not hold here' in told
-        assert " 1 zone == \"moon\"  → attic, all on device, 64 rows at a time" in told
+        assert ' 1 zone == "moon"  → attic, all on device, 64 rows at a time' in told
         assert f"ollm-service amend {job['id']} --where any\n" in told
         (found,) = parsed(command("explain", target, "--json").stdout)
         assert found.get("stuck", found.get("stuck_rows")) == 2
