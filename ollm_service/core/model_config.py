@@ -101,9 +101,10 @@ class ModelConfig:
     @property
     def intermediate_size(self) -> int:
         """Width of the middle of the feed-forward network that one token passes: of all its experts together."""
-        routed = self.fact("moe_intermediate_size") * max(1, self.experts_per_token)
         dense = self.fact("decoder_ffn_dim", "intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
-        return max(dense, routed) or 4 * self.hidden_size
+        # Where experts have no width of their own, as in Mixtral and GPT-OSS, the one that is named is theirs.
+        expert = self.fact("moe_intermediate_size") or (dense if self.expert_count else 0)
+        return max(dense, expert * self.experts_per_token) or 4 * self.hidden_size
 
     @property
     def expert_count(self) -> int:

@@ -175,6 +175,14 @@ def test_linear_attention_keeps_a_state_and_no_tokens(profiles: Mapping[str, Mod
     assert profile.kv_bytes(1000) - profile.kv_bytes(999) == 2 * 2 * 8 * 4
 
 
+@pytest.mark.parametrize(
+    ("family", "width"), [("llama", 24), ("mixtral", 2 * 24), ("gpt-oss", 2 * 24), ("qwen3-moe", 24), ("gpt2", 64)]
+)
+def test_the_middle_is_that_of_all_experts_of_a_token(profiles: Mapping[str, ModelProfile], family: str, width: int) -> None:
+    """Two experts of width 24 are 48 wide, two of width 8 no wider than a dense layer of 24; GPT-2 has four times its own."""
+    assert profiles[family].intermediate_size == width
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3-text", "gpt-oss", "mistral", "qwen3-next", "gpt2"])
 def test_the_widest_layer_is_known(models: Mapping[str, Any], profiles: Mapping[str, ModelProfile], family: str) -> None:
     """What the one layer keeps of a token that keeps the most, and how wide its queries are."""
