@@ -15,6 +15,7 @@ from tests.servers import MissingServer, PostgresServer, RabbitServer, RedisServ
 MISSING = "missing server: "
 # Whole services, killed processes and clocks: these tests run one at a time.
 SERIAL_FOLDERS = {"e2e", "chaos", "browser", "gpu"}
+PATIENT_MODULES = {"test_compose.py", "test_checker.py"}  # in those folders, but with time enough to run beside others
 
 for _name in [name for name in os.environ if name.startswith("OLLM_")]:
     del os.environ[_name]
@@ -98,7 +99,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "rabbit_server" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("rabbit"))
-        if SERIAL_FOLDERS & set(item.path.parts):
+        if item.path.name in PATIENT_MODULES:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        elif SERIAL_FOLDERS & set(item.path.parts):
             item.add_marker(pytest.mark.serial)
 
 
