@@ -18,7 +18,7 @@ from ollm_service.core.matching import able_devices
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
 from ollm_service.core.plan import PassId, RuntimePlan
 from ollm_service.core.profile import ModelProfile
-from ollm_service.core.requirements import Requirements, demanded_passes
+from ollm_service.core.requirements import Requirements
 
 WORKSPACE_BYTES = 64 * 1024**2
 USABLE_FRACTION = 0.9
@@ -124,12 +124,11 @@ def _place_rows(
 ) -> Placement | Unplaceable:
     refused: list[RefusedTier] = []
     most_rows = MOST_ROWS if micro_batch_limit is None else min(MOST_ROWS, micro_batch_limit)
-    must_spill = PassId.DISK_CACHE in demanded_passes(plan, config)
     for device in able_devices(requirements, capabilities):
         choice = select_kv_strategy(plan, config, capabilities, device)
         spilled = _spilled_strategy(plan, config, capabilities)
         wanted = [choice.strategy]
-        if choice.strategy is not KVCacheStrategy.RESIDENT and not must_spill:
+        if choice.strategy is not KVCacheStrategy.RESIDENT and config.demanded_kv_strategy is None:
             wanted.append(KVCacheStrategy.RESIDENT)
         elif choice.strategy is KVCacheStrategy.RESIDENT and spilled is not None:
             wanted.append(spilled)
