@@ -125,6 +125,8 @@ def profile_of(
         vocabulary_size=facts.fact("vocab_size") or _embedding_rows(tensors),
         attention_heads=facts.heads,
         attention_width=facts.heads * facts.head_size,
+        linear_heads=facts.fact("linear_num_value_heads"),
+        linear_head_size=max(facts.fact("linear_key_head_dim"), facts.fact("linear_value_head_dim")),
         layer_bytes=weights.layers,
         embedding_bytes=weights.embedding,
         head_bytes=weights.head,

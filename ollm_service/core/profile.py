@@ -23,7 +23,8 @@ class ModelProfile:
     What one row keeps: `kv_bytes_per_token` the layers of full attention, `sliding_kv_bytes_per_token` those that look back
     `sliding_window` tokens, `state_bytes_per_row` the recurrent and convolution states of layers without attention, and
     `cross_kv_bytes_per_token` what a decoder keeps of each token of its source; `widest_kv_bytes_per_token` the one layer whose
-    keys and values are the widest. `attention_width` is that of a layer's queries, all heads together.
+    keys and values are the widest. `attention_width` is that of a layer's queries, all heads together; `linear_heads` and
+    `linear_head_size` are those of layers of linear attention by the gated delta rule.
     """
 
     name: str
@@ -45,6 +46,8 @@ class ModelProfile:
     vocabulary_size: int = 0
     attention_heads: int = 0
     attention_width: int = 0
+    linear_heads: int = 0
+    linear_head_size: int = 0
     layer_bytes: tuple[int, ...] = ()
     embedding_bytes: int = 0
     head_bytes: int = 0

@@ -98,6 +98,8 @@ profiles = st.builds(
     vocabulary_size=st.integers(0, 2**18),
     attention_heads=st.integers(0, 256),
     attention_width=st.integers(0, 2**15),
+    linear_heads=st.integers(0, 64),
+    linear_head_size=st.integers(0, 256),
     layer_bytes=st.lists(st.integers(0, GIB), max_size=4).map(tuple),
     embedding_bytes=st.integers(0, GIB),
     head_bytes=st.integers(0, GIB),

@@ -173,6 +173,7 @@ def test_linear_attention_keeps_a_state_and_no_tokens(profiles: Mapping[str, Mod
     convolution, recurrence = (2 * 2 * 8 + 4 * 4) * 4, 4 * 8 * 4
     assert profile.state_bytes_per_row == 3 * 4 * (convolution + recurrence)
     assert profile.kv_bytes(1000) - profile.kv_bytes(999) == 2 * 2 * 8 * 4
+    assert (profile.linear_heads, profile.linear_head_size) == (4, 8)
 
 
 @pytest.mark.parametrize(
