@@ -1,11 +1,14 @@
 """Does a runner's process hold what lives in it, and no more?"""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from workers.runner.memory import host_bytes, peak_host_bytes
+from workers.runner.memory import host_bytes, let_go_of_pages, peak_host_bytes
 
 MIB = 1024**2
 # Freeing 30 MiB teaches glibc to keep blocks of up to that size in its heap, where the last one holds all before it.
@@ -40,3 +43,20 @@ def test_what_is_freed_is_given_back() -> None:
 def test_the_peak_is_at_least_what_is_held() -> None:
     """Both are read, in bytes."""
     assert peak_host_bytes() >= host_bytes() > MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own account of pages")
+def test_pages_that_nobody_reads_are_let_go(tmp_path: Path) -> None:
+    """Of a mapped file stays what is still used, to the byte, and the memory of all the rest is given back."""
+    file, size = tmp_path / "weights", 64 * MIB
+    file.write_bytes(os.urandom(size))
+    weights = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
+    used = weights[10 * MIB + 5 : 34 * MIB + 7]
+    kept, total = used.clone(), weights.sum(dtype=torch.int64)
+    before = host_bytes()
+    let_go_of_pages([file], [(used.data_ptr(), used.nbytes)])
+    held = host_bytes()
+    assert before - held > 35 * MIB
+    assert torch.equal(used, kept)
+    assert host_bytes() - held < 12 * MIB  # those pages were never gone
+    assert weights.sum(dtype=torch.int64) == total

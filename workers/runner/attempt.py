@@ -31,11 +31,11 @@ from workers.runner.prompts import EncodedRow, encode_row
 class Attempt:
     """One Execute, from the loaded model to its last row."""
 
-    def __init__(self, command: Execute, report: Report, pulse: Pulse) -> None:
+    def __init__(self, command: Execute, report: Report, pulse: Pulse, bare_host_bytes: int = 0) -> None:
         self.command = command
         self.report = report
         self.pulse = pulse
-        self.measurements = Measurements()
+        self.measurements = Measurements(bare_host_bytes)
         self._has_reported_rows = False
 
     def run(self, model: LoadedModel, passes: AppliedPasses) -> Finished:

@@ -17,7 +17,7 @@ from ollm_service.core.wire import Execute, Loaded, Message, Stopped
 from workers.runner.attempt import Attempt
 from workers.runner.backends import generic, native
 from workers.runner.interruptions import AttemptEnded, PassFailed, StopRequested, first_line
-from workers.runner.memory import is_out_of_memory
+from workers.runner.memory import host_bytes, is_out_of_memory
 from workers.runner.model import LoadedModel
 from workers.runner.passes.specialization import AppliedPasses, SpecializationPass
 from workers.runner.progress import LoadWatch, Pulse, Report
@@ -32,13 +32,15 @@ class Engine:
         self._planned_passes = planned_passes
         self._model: LoadedModel | None = None
         self._passes = AppliedPasses(())
+        self._bare_host_bytes = 0
 
     def execute(self, command: Execute, report: Report, stop: threading.Event) -> None:
         """Carry out the plan; the last message is Finished, Stopped, SpecializationFailed or AttemptFailed.
 
         Raises whatever else goes wrong; the passes are undone in any case.
         """
-        attempt = Attempt(command, report, Pulse(report, stop))
+        self._bare_host_bytes = self._bare_host_bytes or host_bytes()  # the first plan finds a process without a model
+        attempt = Attempt(command, report, Pulse(report, stop), self._bare_host_bytes)
         try:
             last = self._carry_out(attempt)
         finally:

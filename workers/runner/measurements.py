@@ -10,9 +10,14 @@ from workers.runner.memory import peak_host_bytes, reset_peak_host_bytes
 
 
 class Measurements:
-    """Counts of one attempt. Peaks are those since the attempt began, the model's own weights included."""
+    """Counts of one attempt. Peaks are those since generation started, the model's own weights included.
 
-    def __init__(self) -> None:
+    `bare_host_bytes` is what the process took before it had a model; on the CPU the device's peak is what came on top of it, so
+    that it can be held against an estimate.
+    """
+
+    def __init__(self, bare_host_bytes: int = 0) -> None:
+        self._bare_host_bytes = bare_host_bytes
         self.load_seconds = 0.0
         self.halvings = 0
         self._device = torch.device("cpu")
@@ -23,12 +28,12 @@ class Measurements:
         self._prefill_seconds = self._decode_seconds = 0.0
         self._micro_batches = 0
         self._largest_micro_batch = 0
-        reset_peak_host_bytes()
 
     def start_generating(self, device: torch.device) -> None:
         """Rates count from here."""
         self._device = device
         self._started = time.monotonic()
+        reset_peak_host_bytes()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -56,6 +61,7 @@ class Measurements:
         `prefill_tokens` are positions with their padding, `decode_tokens` those of rows that were still running.
         """
         seconds = max(time.monotonic() - self._started, 1e-9)
+        peak = peak_host_bytes()
         measured = {
             "load_seconds": self.load_seconds,
             "generate_seconds": seconds,
@@ -70,8 +76,10 @@ class Measurements:
             "micro_batches": float(self._micro_batches),
             "largest_micro_batch": float(self._largest_micro_batch),
             "memory_halvings": float(self.halvings),
-            "peak_host_bytes": float(peak_host_bytes()),
+            "peak_host_bytes": float(peak),
         }
         if self._device.type == "cuda":
             measured["peak_device_bytes"] = float(torch.cuda.max_memory_allocated(self._device))
+        elif self._device.type == "cpu":
+            measured["peak_device_bytes"] = float(max(0, peak - self._bare_host_bytes))
         return measured

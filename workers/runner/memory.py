@@ -2,16 +2,19 @@
 
 import contextlib
 import ctypes
+import mmap
 import os
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_STATUS, _STATM, _IO, _CLEAR, _MEMINFO = (
+_STATUS, _STATM, _IO, _CLEAR, _MEMINFO, _MAPS = (
     Path("/proc/self/status"),
     Path("/proc/self/statm"),
     Path("/proc/self/io"),
     Path("/proc/self/clear_refs"),
     Path("/proc/meminfo"),
+    Path("/proc/self/maps"),
 )
 _M_MMAP_THRESHOLD = -3  # its number in glibc's malloc.h
 _MAPPED_ALONE_BYTES = 1024**2
@@ -36,6 +39,21 @@ def give_back_what_is_freed() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_ALONE_BYTES)
+
+
+def let_go_of_pages(files: Collection[Path], still_used: Iterable[tuple[int, int]]) -> None:
+    """Give back the memory of mapped files that nobody reads any more; `still_used` are the (address, bytes) of all the rest.
+
+    Weights that a loader has joined into others of its own, as those of experts, would count twice as long as any tensor of the
+    same file lives.
+    """
+    used = sorted((address, address + size) for address, size in still_used if size)
+    with contextlib.suppress(AttributeError, OSError):
+        advise = ctypes.CDLL(None).madvise
+        advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        for first, last in _mappings({str(file.resolve()) for file in files}):
+            for start, end in _gaps(first, last, used):
+                advise(start, end - start, mmap.MADV_DONTNEED)
 
 
 def host_bytes() -> int:
@@ -69,6 +87,25 @@ def bytes_taken_in() -> int:
     except (OSError, StopIteration):
         return 0
     return resident + read
+
+
+def _mappings(names: Collection[str]) -> Iterator[tuple[int, int]]:
+    """Where this process has mapped files of these names."""
+    for line in _MAPS.read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5] in names:
+            first, last = fields[0].split("-")
+            yield int(first, 16), int(last, 16)
+
+
+def _gaps(first: int, last: int, used: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The whole pages between `first` and `last` that no used span touches; spans in ascending order."""
+    start = first
+    for used_first, used_last in (*used, (last, last)):
+        end = min(used_first // _PAGE * _PAGE, last)
+        if start < end:
+            yield start, end
+        start = max(start, -(-used_last // _PAGE) * _PAGE)
 
 
 def _kilobytes(path: Path, label: str) -> int:

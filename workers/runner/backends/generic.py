@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 from ollm_service.core.plan import GenericModelKind
 from ollm_service.core.wire import Execute
 from workers.runner.interruptions import AttemptEnded
+from workers.runner.memory import let_go_of_pages
 from workers.runner.model import LoadedModel, ModelKey, resident_cache
 
 
@@ -39,6 +40,8 @@ def load(command: Execute) -> LoadedModel:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     module = _load_module(folder)
     nn.Module.to(module, device)
+    storages = [tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers()) if tensor.device.type == "cpu"]
+    let_go_of_pages(tuple(folder.glob("*.safetensors")), [(storage.data_ptr(), storage.nbytes()) for storage in storages])
     module.train(mode=False).requires_grad_(requires_grad=False)
     _keep_the_head_small(module)
     end_tokens = _end_tokens(module, tokenizer)
