@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from ollm_service.core.plan import GenericModelKind, PassId
 from ollm_service.core.profile import ModelProfile
@@ -45,7 +46,9 @@ class Capabilities:
 
     `passes` maps every pass to None when the worker can apply it, else to the reason why it cannot; the same for `backends`,
     `kv_strategies` and `kinds` (see `Requirements.kind`). `no_adapters_because` is None where it can put an adapter on a model.
-    The defaults are for workers that say nothing of either. `labels` are the operator's; numbers compare as numbers.
+    `may_download`: it may fetch models from the hub; where `downloadable` has patterns such as `org/*`, only repositories that
+    fit one of them. The defaults are for workers that say nothing of these. `labels` are the operator's; numbers compare as
+    numbers.
     """
 
     node: str
@@ -60,6 +63,7 @@ class Capabilities:
     models: tuple[ModelProfile, ...] = ()
     cache_disk: CacheDisk | None = None
     may_download: bool = False
+    downloadable: tuple[str, ...] = ()
     labels: Mapping[str, str | float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -71,6 +75,11 @@ class Capabilities:
     def main_device(self) -> Device:
         """The device that plans run on unless pinned: the accelerator with the most memory, else the CPU."""
         return max(self.devices, key=lambda device: (device.kind != "cpu", device.memory_bytes))
+
+    def may_fetch(self, repo_id: str) -> bool:
+        """Whether its operator lets it download this repository."""
+        is_listed = not self.downloadable or any(fnmatchcase(repo_id, pattern) for pattern in self.downloadable)
+        return self.may_download and is_listed
 
     def model(self, digest: str) -> ModelProfile | None:
         """The usable model with this digest, if the worker has it."""

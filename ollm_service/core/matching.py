@@ -114,8 +114,10 @@ def _model_shortfalls(requirements: Requirements, capabilities: Capabilities) ->
     if requirements.model_digest is not None:
         if capabilities.model(requirements.model_digest) is None:
             yield f"model {requirements.model_digest[:12]}: not in this worker's models folder"
-    elif requirements.download is not None and not capabilities.may_download:
-        yield f"model {requirements.download}: not here, and this worker may not download"
+    elif requirements.download is not None and not capabilities.may_fetch(requirements.download.partition("@")[0]):
+        allowed = ", ".join(capabilities.downloadable)
+        only = f" anything but {allowed}" if capabilities.may_download else ""
+        yield f"model {requirements.download}: not here, and this worker may not download{only}"
 
 
 def _size_shortfalls(requirements: Requirements, capabilities: Capabilities) -> Iterator[str]:

@@ -37,7 +37,7 @@ class Resolution:
 
 def resolve(parsed: ModelReference, inventory: Sequence[HeldModel], *, preferred_digest: str | None = None) -> Resolution:
     """Find the model. Raises ModelNotFound for a name, path or digest that no worker has."""
-    entry = _catalog_entry(parsed)
+    entry = catalog_entry(parsed)
     found = sorted(_candidates(parsed, entry, inventory), key=lambda held: held.profile.digest != preferred_digest)
     if not found and (parsed.digest is not None or (entry is None and not parsed.is_hub_id)):
         raise _not_found(parsed, inventory)
@@ -45,7 +45,8 @@ def resolve(parsed: ModelReference, inventory: Sequence[HeldModel], *, preferred
     return Resolution(resolved=_resolved(parsed, entry, found), profile=held.profile if held else None)
 
 
-def _catalog_entry(parsed: ModelReference) -> CatalogEntry | None:
+def catalog_entry(parsed: ModelReference) -> CatalogEntry | None:
+    """The entry of the catalog that a reference names, by its alias or by its repository where that bears no revision."""
     if parsed.scheme is None and parsed.local_path is None and parsed.identifier in CATALOG:
         return CATALOG[parsed.identifier]
     if parsed.is_hub_id and parsed.revision is None:

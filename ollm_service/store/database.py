@@ -9,6 +9,7 @@ from pathlib import Path
 from sqlalchemy import Connection, select
 
 from ollm_service.store.columns import now_ms
+from ollm_service.store.downloads import Downloads
 from ollm_service.store.engine import BUSY_MS, Database, parse_url
 from ollm_service.store.events import Events
 from ollm_service.store.fleet import Fleet
@@ -49,6 +50,7 @@ class Store:
         self.fleet = Fleet(database)
         self.events = Events(database)
         self.quotes = Quotes(database)
+        self.downloads = Downloads(database, lease_ms=lease_ms, draw=draw)
         self._changes = _SqliteChanges(Path(database.url.database or "")) if database.is_sqlite else None
 
     @property

@@ -47,7 +47,7 @@ def register(connection: Connection, worker_id: str, capabilities: Capabilities,
 def _offer(capabilities: Capabilities) -> set[tuple[Any, ...]]:
     """What a worker adds to the fleet's inventory. Whether it may download decides about models that nobody has."""
     models = {(model.name, str(model.path), model.digest) for model in capabilities.models if model.is_usable}
-    return {("may download", capabilities.may_download), *models}
+    return {("may download", capabilities.may_download, *capabilities.downloadable), *models}
 
 
 def _live_columns(live: LiveState) -> dict[str, Any]:

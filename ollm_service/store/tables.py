@@ -39,6 +39,7 @@ def _in(states: frozenset[str]) -> str:
 
 QUEUED = "state = 'queued'"
 HELD = f"state IN ({_in(frozenset(HELD_STATES))})"
+UNDER_WAY = "state IN ('queued', 'running')"
 UNFINISHED = f"state NOT IN ({_in(frozenset(FINAL_STATES))})"
 
 jobs = Table(
@@ -258,6 +259,46 @@ previews = Table(
     Column("requirements", JsonText, nullable=False),
     Column("created_ms", BigInteger, nullable=False),
     Index(None, "created_ms"),
+)
+
+downloads = Table(
+    "downloads",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("reference", String, nullable=False, comment="org/name or org/name@revision"),
+    Column("repo_id", String, nullable=False),
+    Column("revision", String),
+    Column("folder", String, nullable=False, comment="of the models root"),
+    Column("target", String, nullable=False, comment="the node that was asked for; empty: any"),
+    Column("nodes", JsonText, comment="the nodes that may take it; NULL: any"),
+    Column("state", String, nullable=False),
+    Column("lease_id", String, unique=True),
+    Column("lease_expires_ms", BigInteger),
+    Column("worker_id", String),
+    Column("worker_node", String),
+    Column("attempt", Integer, nullable=False),
+    Column("failures", Integer, nullable=False, comment="without a new byte"),
+    Column("losses", Integer, nullable=False, comment="without a new byte"),
+    Column("commit_id", String, comment="what the revision meant when it began"),
+    Column("bytes_done", BigInteger, nullable=False),
+    Column("bytes_total", BigInteger),
+    Column("reason", PlainText),
+    Column("is_everywhere", Boolean, nullable=False, comment="whether it would fail on any worker"),
+    Column("created_ms", BigInteger, nullable=False),
+    Column("available_ms", BigInteger, nullable=False),
+    Column("started_ms", BigInteger),
+    Column("finished_ms", BigInteger),
+    Index(None, "created_ms"),
+)
+# Of one model at most one that is under way, for each node that was asked for and for any.
+Index(
+    "uq_downloads_active",
+    downloads.c.reference,
+    downloads.c.folder,
+    downloads.c.target,
+    unique=True,
+    postgresql_where=text(UNDER_WAY),
+    sqlite_where=text(UNDER_WAY),
 )
 
 counters = Table(

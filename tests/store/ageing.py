@@ -9,6 +9,7 @@ _TIMES = {
     "exclusions": ("until_ms",),
     "workers": ("heartbeat_ms",),
     "previews": ("created_ms",),
+    "downloads": ("lease_expires_ms", "available_ms", "finished_ms"),
 }
 
 
