@@ -61,8 +61,7 @@ class Assignment:
     """A plan record that this worker has leased, with the rows that have no result yet.
 
     `micro_batch_limit` and `lone_crashes` are what earlier attempts learnt from crashes: the most rows at a time, and the rows
-    that crashed a runner while they were alone. `lease_ms` is how long the lease lasts without a renewal. `is_started`: it is
-    running already, since its model was warm.
+    that crashed a runner while they were alone. `is_started`: it is running already, since its model was warm.
     """
 
     plan_id: str
@@ -75,7 +74,6 @@ class Assignment:
     config: RuntimeConfig
     requirements: Requirements
     rows: tuple[WorkRow, ...]
-    lease_ms: int
     micro_batch_limit: int | None = None
     lone_crashes: frozenset[int] = frozenset()
     is_started: bool = False

@@ -39,7 +39,7 @@ from ollm_service.store.transitions import append_events, end_early, event_of, l
 
 T = TypeVar("T")
 _PLAN = runtime_plans.c
-_BEST_FIRST = (_PLAN.priority.desc(), _PLAN.created_ms, _PLAN.number, _PLAN.id)
+BEST_FIRST = (_PLAN.priority.desc(), _PLAN.created_ms, _PLAN.number, _PLAN.id)
 _CLASSES_A_QUERY = 128  # SQLite takes 500 terms in one UNION
 
 
@@ -65,7 +65,7 @@ CLAIMABLE = (
 def top_of_class(name: str) -> Select[Any]:
     """The best plan of the class in the parameter `name` that `worker` may claim; walks the claim index from its top."""
     columns = (_PLAN.id, _PLAN.class_id, _PLAN.priority, _PLAN.created_ms, _PLAN.number)
-    return select(*columns).where(_PLAN.class_id == bindparam(name), CLAIMABLE).order_by(*_BEST_FIRST).limit(1)
+    return select(*columns).where(_PLAN.class_id == bindparam(name), CLAIMABLE).order_by(*BEST_FIRST).limit(1)
 
 
 # Read as text: what many plans share is decoded once for all of them.
@@ -101,7 +101,7 @@ _WORK: Select[Any] = (
     .join(plan_classes, plan_classes.c.class_id == _PLAN.class_id)
 )
 # The row is locked before it is updated: a plain UPDATE would wait for whoever is just claiming the same plan.
-_TAKE = _WORK.where(_PLAN.class_id == bindparam("class"), CLAIMABLE).order_by(*_BEST_FIRST).limit(1)
+_TAKE = _WORK.where(_PLAN.class_id == bindparam("class"), CLAIMABLE).order_by(*BEST_FIRST).limit(1)
 _TAKE = _TAKE.with_for_update(skip_locked=True, key_share=True, of=runtime_plans)
 _WORK_BY_LEASE = _WORK.where(_PLAN.lease_id == bindparam("lease"), _PLAN.state.in_(HELD_STATES))
 _HAS_RESULT = select(results.c.row).where(results.c.job_id == job_rows.c.job_id, results.c.row == job_rows.c.row).exists()
@@ -154,7 +154,7 @@ def claim(
             if top is None:
                 break
             try:
-                work = _assignment(connection, top, lease_id, lease_ms)
+                work = _assignment(connection, top, lease_id)
             except UNREADABLE as error:  # every worker would stumble over it, again and again
                 _give_up(connection, top.id, worker_id, type(error).__name__)
                 unreadable += 1
@@ -186,13 +186,13 @@ def _give_up(connection: Connection, plan_id: str, worker_id: str, error: str) -
     end_early(connection, plan, Event.GIVE_UP, kind="fail", message=f"The stored plan or its rows cannot be read ({error}).")
 
 
-def assignment_of(connection: Connection, lease_id: str, lease_ms: int) -> Assignment | None:
+def assignment_of(connection: Connection, lease_id: str) -> Assignment | None:
     """The work under this lease: the plan and its rows without a result. None when the lease holds nothing."""
     plan = connection.execute(_WORK_BY_LEASE, {"lease": lease_id}).one_or_none()
-    return None if plan is None else _assignment(connection, plan, lease_id, lease_ms)
+    return None if plan is None else _assignment(connection, plan, lease_id)
 
 
-def _assignment(connection: Connection, plan: Row[Any], lease_id: str, lease_ms: int) -> Assignment:
+def _assignment(connection: Connection, plan: Row[Any], lease_id: str) -> Assignment:
     generation = decoded(GenerationConfig, plan.generation)
     rows = connection.execute(_ROWS, {"plan": plan.id}).all()
     return Assignment(
@@ -206,7 +206,6 @@ def _assignment(connection: Connection, plan: Row[Any], lease_id: str, lease_ms:
         config=decoded(RuntimeConfig, plan.config),
         requirements=decoded(Requirements, plan.requirements),
         rows=tuple(work_row(row, generation) for row in rows),
-        lease_ms=lease_ms,
         micro_batch_limit=plan.micro_batch_limit,
         lone_crashes=frozenset(json.loads(plan.lone_crashes)),
         is_started=plan.state == _RUNNING,

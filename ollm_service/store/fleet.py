@@ -4,13 +4,14 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sqlalchemy import Connection, Row, case, func, select, update
+from sqlalchemy import Connection, Row, bindparam, case, func, literal_column, select, update
 
 from ollm_service.core.capabilities import Capabilities
 from ollm_service.core.lifecycle import HELD_STATES, ExecutionState
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements
 from ollm_service.core.resolution import HeldModel
+from ollm_service.store.claiming import BEST_FIRST
 from ollm_service.store.columns import as_text, now_ms, undecoded
 from ollm_service.store.engine import Database
 from ollm_service.store.mapping import UNREADABLE, decoded_or_none, worker_view
@@ -19,6 +20,20 @@ from ollm_service.store.tables import counters, plan_classes, runtime_plans, wor
 from ollm_service.store.views import ClassBacklog, WorkerView
 
 _PLAN = runtime_plans.c
+# Spelt out: with a parameter SQLite would look at every plan, since it cannot know that the index of queued plans is enough.
+_IS_QUEUED = _PLAN.state == literal_column(f"'{ExecutionState.QUEUED.value}'")
+MOST_COUNTED = 128  # plans of a class: nobody wakes more workers at once
+_has_queued = select(_PLAN.id).where(_IS_QUEUED, _PLAN.class_id == plan_classes.c.class_id).exists()
+_WAITING = select(plan_classes.c.class_id, as_text(plan_classes.c.requirements)).where(_has_queued)
+_top = (
+    select(_PLAN.available_ms, _PLAN.cancel_requested)
+    .where(_IS_QUEUED, _PLAN.class_id == bindparam("class"))
+    .order_by(*BEST_FIRST)
+    .limit(MOST_COUNTED)
+    .subquery()
+)
+_is_available = (_top.c.available_ms <= now_ms()) & ~_top.c.cancel_requested
+_COUNTED = select(func.count().label("queued"), func.count(case((_is_available, 1))).label("available")).select_from(_top)
 _log = logging.getLogger(__name__)
 
 
@@ -85,27 +100,22 @@ class Fleet:
         return self._database.write(lambda connection: connection.execute(workers.delete().where(long_gone)).rowcount)
 
     def backlog(self) -> list[ClassBacklog]:
-        """The classes with queued plans, the largest first."""
-        is_available = (_PLAN.available_ms <= now_ms()) & ~_PLAN.cancel_requested
-        counted = select(
-            _PLAN.class_id,
-            func.count().label("queued"),
-            func.sum(case((is_available, 1), else_=0)).label("available"),
-        )
-        counted = counted.where(_PLAN.state == ExecutionState.QUEUED.value).group_by(_PLAN.class_id)
-        groups = counted.subquery()
-        query = select(groups, as_text(plan_classes.c.requirements))
-        query = query.join_from(groups, plan_classes, plan_classes.c.class_id == groups.c.class_id)
-        rows = self._database.read(lambda connection: connection.execute(query.order_by(groups.c.queued.desc())).all())
-        return [
-            ClassBacklog(
-                class_id=row.class_id,
-                requirements=decoded_or_none(Requirements, row.requirements),
-                queued=row.queued,
-                available=int(row.available),
-            )
-            for row in rows
-        ]
+        """The classes with queued plans, the largest first. It costs the same however many plans are queued."""
+
+        def work(connection: Connection) -> list[ClassBacklog]:
+            return [_backlog_of(connection, waiting) for waiting in connection.execute(_WAITING).all()]
+
+        return sorted(self._database.read(work), key=lambda waiting: (-waiting.queued, waiting.class_id))
+
+
+def _backlog_of(connection: Connection, waiting: Row[Any]) -> ClassBacklog:
+    counted = connection.execute(_COUNTED, {"class": waiting.class_id}).one()
+    return ClassBacklog(
+        class_id=waiting.class_id,
+        requirements=decoded_or_none(Requirements, waiting.requirements),
+        queued=counted.queued,
+        available=counted.available,
+    )
 
 
 def _readable(rows: Iterable[Row[Any]]) -> Iterator[WorkerView]:

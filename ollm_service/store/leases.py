@@ -107,7 +107,7 @@ class Leases:
         try:
             return self._database.write(
                 lambda connection: claiming.claim(connection, worker_id, lease_id, class_ids, asked_ms, warm=warm),
-                recover=lambda connection: claiming.assignment_of(connection, lease_id, asked_ms),
+                recover=lambda connection: claiming.assignment_of(connection, lease_id),
             )
         except IntegrityError as error:  # the lease was used before: by this very claim, whose first COMMIT came late
             claimed = self.claimed(lease_id)
@@ -117,7 +117,7 @@ class Leases:
 
     def claimed(self, lease_id: str) -> Assignment | None:
         """What this lease holds: asked when the reply to a claim was lost."""
-        return self._database.read(lambda connection: claiming.assignment_of(connection, lease_id, self.lease_ms))
+        return self._database.read(lambda connection: claiming.assignment_of(connection, lease_id))
 
     def start(self, lease_id: str) -> bool:
         """The work begins. False: the lease is lost. Saying it twice changes nothing."""

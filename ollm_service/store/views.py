@@ -175,7 +175,7 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassBacklog:
-    """The queued plans of one class. `available` may be claimed now; the others wait for their back-off.
+    """The queued plans of one class, of the first 128. `available` may be claimed now; the others wait for their back-off.
 
     `requirements` is None where they cannot be decoded: then no worker can satisfy them.
     """

@@ -9,6 +9,7 @@ from ollm_service.core.leasing import RowError, RowResult
 from ollm_service.core.profile import ModelProfile
 from ollm_service.store.database import Store
 from ollm_service.store.engine import connect, parse_url
+from ollm_service.store.fleet import MOST_COUNTED
 from ollm_service.store.views import PlanView
 from tests.store.ageing import let_time_pass
 from tests.store.crowd import multiply_workers
@@ -145,6 +146,15 @@ def test_the_backlog_tells_what_may_be_claimed_now(store: Store) -> None:
         (class_of("a"), 2, 2, requirements("a")),
         (class_of("b"), 1, 1, requirements("b")),
     ]
+
+
+def test_the_backlog_of_a_class_is_counted_as_far_as_workers_can_be_woken(store: Store) -> None:
+    """Of very many queued plans the first ones alone are looked at; a class of which none is queued is not there."""
+    store.jobs.submit(new_job(*[1] * (MOST_COUNTED + 2), tag="many"))
+    store.jobs.submit(new_job(tag="done"))
+    must_claim(store, new_worker(store), "done")
+    (many,) = store.fleet.backlog()
+    assert (many.class_id, many.queued, many.available) == (class_of("many"), MOST_COUNTED, MOST_COUNTED)
 
 
 def test_a_class_shows_why_it_waits(store: Store) -> None:
