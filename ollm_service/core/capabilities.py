@@ -83,7 +83,10 @@ class Capabilities:
 
     def model(self, digest: str) -> ModelProfile | None:
         """The usable model with this digest, if the worker has it."""
-        return next((model for model in self.models if model.digest == digest and model.is_usable), None)
+        for model in self.models:
+            if model.digest == digest and model.is_usable:
+                return model
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ unknown as a whole never matches.
 
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -73,11 +73,14 @@ class Combination:
 
     def evaluate(self, attributes: Attributes) -> bool | None:
         """Kleene's strong three-valued conjunction or disjunction."""
-        values = [operand.evaluate(attributes) for operand in self.operands]
-        decisive = not self.is_and
-        if decisive in values:
-            return decisive
-        return None if None in values else not decisive
+        decisive, otherwise = not self.is_and, self.is_and
+        found: bool | None = otherwise
+        for operand in self.operands:
+            value = operand.evaluate(attributes)
+            if value is decisive:
+                return decisive
+            found = found if value is otherwise else None
+        return found
 
 
 Expression = Comparison | Negation | Combination
@@ -89,6 +92,25 @@ def parse_expression(text: str) -> Expression:
     if len(text) > _LONGEST:
         raise InvalidExpression(f"A label expression has at most {_LONGEST} characters.", param="where")
     return _Parser(text).parse()
+
+
+@lru_cache(maxsize=256)
+def names_in(text: str) -> frozenset[str]:
+    """The attributes that an expression compares. Raises InvalidExpression."""
+    return frozenset(_names(parse_expression(text)))
+
+
+def _names(expression: Expression) -> Iterator[str]:
+    if isinstance(expression, Comparison):
+        yield expression.name
+    for operand in _operands(expression):
+        yield from _names(operand)
+
+
+def _operands(expression: Expression) -> tuple[Expression, ...]:
+    if isinstance(expression, Combination):
+        return expression.operands
+    return (expression.operand,) if isinstance(expression, Negation) else ()
 
 
 def satisfies(text: str | None, attributes: Attributes) -> bool:

@@ -1,15 +1,16 @@
 """Which workers can honour what a plan requires, and why can the others not?"""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ollm_service.core.capabilities import Capabilities, Device
-from ollm_service.core.labels import satisfies
+from ollm_service.core.labels import names_in, satisfies
 from ollm_service.core.options import KVCacheStrategy
 from ollm_service.core.plan import PassId
 from ollm_service.core.requirements import Requirements
 
 GIB = 1024**3
+UNKNOWN = "not known to this worker"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +34,13 @@ class FleetMatch:
 
 
 _MATCH = Match()
+_RESIDENT, _CPU_OFFLOAD = KVCacheStrategy.RESIDENT, PassId.CPU_OFFLOAD  # looked up once, not for each worker
 
 
 def match(requirements: Requirements, capabilities: Capabilities) -> Match | NoMatch:
     """Whether one worker can honour the requirements. Adding a requirement never turns NoMatch into Match."""
-    reasons = tuple(_shortfalls(requirements, capabilities))
-    return NoMatch(reasons=reasons) if reasons else _MATCH
+    reasons = _shortfalls(requirements, capabilities)
+    return NoMatch(reasons=tuple(reasons)) if reasons else _MATCH
 
 
 def match_fleet(requirements: Requirements, fleet: Mapping[str, Capabilities]) -> FleetMatch:
@@ -52,15 +54,29 @@ def match_fleet(requirements: Requirements, fleet: Mapping[str, Capabilities]) -
 
 def attributes(capabilities: Capabilities) -> dict[str, str | float]:
     """What a label expression may name: the operator's labels and `node`, `device`, `gpu_memory_gb`, `host_memory_gb`."""
-    main = capabilities.main_device
-    gpu_bytes = sum([device.memory_bytes for device in capabilities.devices if device.kind != "cpu"])
-    return {
-        **capabilities.labels,
-        "node": capabilities.node,
-        "device": main.kind,
-        "gpu_memory_gb": gpu_bytes / GIB,
-        "host_memory_gb": capabilities.host_memory_bytes / GIB,
-    }
+    return {**capabilities.labels, **{name: tell(capabilities) for name, tell in _OWN_ATTRIBUTES.items()}}
+
+
+def _gpu_memory_gb(capabilities: Capabilities) -> float:
+    return sum([device.memory_bytes for device in capabilities.devices if device.kind != "cpu"]) / GIB
+
+
+_OWN_ATTRIBUTES: Mapping[str, Callable[[Capabilities], str | float]] = {
+    "node": lambda capabilities: capabilities.node,
+    "device": lambda capabilities: capabilities.main_device.kind,
+    "gpu_memory_gb": _gpu_memory_gb,
+    "host_memory_gb": lambda capabilities: capabilities.host_memory_bytes / GIB,
+}
+
+
+def _holds(where: str, capabilities: Capabilities) -> bool:
+    """Whether a label expression holds for a worker; only the attributes that it names are worked out."""
+    named = dict(capabilities.labels)
+    for name in names_in(where):
+        tell = _OWN_ATTRIBUTES.get(name)
+        if tell is not None:
+            named[name] = tell(capabilities)
+    return satisfies(where, named)
 
 
 def devices_for(requirements: Requirements, capabilities: Capabilities) -> tuple[Device, ...]:
@@ -82,59 +98,65 @@ def _allowed(requirements: Requirements, capabilities: Capabilities) -> Sequence
 
 def _computing(requirements: Requirements, devices: Sequence[Device]) -> Sequence[Device]:
     dtype = requirements.dtype
-    return [device for device in devices if dtype is None or not device.dtypes or dtype in device.dtypes]
+    return devices if dtype is None else [device for device in devices if not device.dtypes or dtype in device.dtypes]
 
 
-def _shortfalls(requirements: Requirements, capabilities: Capabilities) -> Iterator[str]:
-    lacking = capabilities.backends.get(requirements.backend_id, "not known to this worker")
+def _shortfalls(requirements: Requirements, capabilities: Capabilities) -> list[str]:
+    """Every requirement that is not met, in words. A list: this runs for each worker of a fleet."""
+    found: list[str] = []
+    lacking = capabilities.backends.get(requirements.backend_id, UNKNOWN)
     if lacking is not None:
-        yield f"backend {requirements.backend_id}: {lacking}"
+        found.append(f"backend {requirements.backend_id}: {lacking}")
     for pass_id in requirements.passes:
-        lacking = capabilities.passes.get(pass_id, "not known to this worker")
+        lacking = capabilities.passes.get(pass_id, UNKNOWN)
         if lacking is not None:
-            yield f"pass {pass_id}: {lacking}"
+            found.append(f"pass {pass_id}: {lacking}")
     if requirements.kind is not None:
-        lacking = capabilities.kinds.get(requirements.kind, "not known to this worker")
+        lacking = capabilities.kinds.get(requirements.kind, UNKNOWN)
         if lacking is not None:
-            yield f"models of kind {requirements.kind}: {lacking}"
+            found.append(f"models of kind {requirements.kind}: {lacking}")
     if requirements.adapter and capabilities.no_adapters_because is not None:
-        yield f"adapters: {capabilities.no_adapters_because}"
+        found.append(f"adapters: {capabilities.no_adapters_because}")
     strategy = requirements.kv_cache_strategy
-    if strategy not in (None, KVCacheStrategy.RESIDENT):
-        lacking = capabilities.kv_strategies.get(str(strategy), "not known to this worker")
+    if strategy is not None and strategy != _RESIDENT:
+        lacking = capabilities.kv_strategies.get(strategy, UNKNOWN)
         if lacking is not None:
-            yield f"KV cache strategy {strategy}: {lacking}"
-    yield from _model_shortfalls(requirements, capabilities)
-    yield from _size_shortfalls(requirements, capabilities)
-    if requirements.where is not None and not satisfies(requirements.where, attributes(capabilities)):
-        yield f"labels: `{requirements.where}` does not hold here"
+            found.append(f"KV cache strategy {strategy}: {lacking}")
+    for told in (_model_shortfall, _device_shortfall, _disk_shortfall):
+        lacking = told(requirements, capabilities)
+        if lacking is not None:
+            found.append(lacking)
+    if requirements.where is not None and not _holds(requirements.where, capabilities):
+        found.append(f"labels: `{requirements.where}` does not hold here")
+    return found
 
 
-def _model_shortfalls(requirements: Requirements, capabilities: Capabilities) -> Iterator[str]:
-    if requirements.model_digest is not None:
-        if capabilities.model(requirements.model_digest) is None:
-            yield f"model {requirements.model_digest[:12]}: not in this worker's models folder"
-    elif requirements.download is not None and not capabilities.may_fetch(requirements.download.partition("@")[0]):
-        allowed = ", ".join(capabilities.downloadable)
-        only = f" anything but {allowed}" if capabilities.may_download else ""
-        yield f"model {requirements.download}: not here, and this worker may not download{only}"
+def _model_shortfall(requirements: Requirements, capabilities: Capabilities) -> str | None:
+    digest, download = requirements.model_digest, requirements.download
+    if digest is not None:
+        return None if capabilities.model(digest) else f"model {digest[:12]}: not in this worker's models folder"
+    if download is None or capabilities.may_fetch(download.partition("@")[0]):
+        return None
+    only = f" anything but {', '.join(capabilities.downloadable)}" if capabilities.may_download else ""
+    return f"model {download}: not here, and this worker may not download{only}"
 
 
-def _size_shortfalls(requirements: Requirements, capabilities: Capabilities) -> Iterator[str]:
+def _device_shortfall(requirements: Requirements, capabilities: Capabilities) -> str | None:
     devices = _allowed(requirements, capabilities)
     if not devices:
-        yield f"device {requirements.device}: this worker has {', '.join(d.device_id for d in capabilities.devices)}"
-        return
+        return f"device {requirements.device}: this worker has {', '.join(d.device_id for d in capabilities.devices)}"
     able = _computing(requirements, devices)
     if not able:
         ordered = devices_for(requirements, capabilities)
-        yield f"dtype {requirements.dtype}: not computed by {', '.join(device.device_id for device in ordered)}"
-    else:
-        offloads = capabilities.passes.get(PassId.CPU_OFFLOAD, "not known to this worker") is None
-        needed = requirements.offloaded_bytes if offloads else requirements.memory_bytes
-        largest = max(able, key=lambda device: device.memory_bytes)
-        if largest.memory_bytes < needed:
-            yield f"memory: {needed:,} bytes needed, {largest.device_id} has {largest.memory_bytes:,}"
+        return f"dtype {requirements.dtype}: not computed by {', '.join(device.device_id for device in ordered)}"
+    offloads = capabilities.passes.get(_CPU_OFFLOAD, UNKNOWN) is None
+    needed = requirements.offloaded_bytes if offloads else requirements.memory_bytes
+    if needed <= max([device.memory_bytes for device in able]):
+        return None
+    largest = max(able, key=lambda device: device.memory_bytes)
+    return f"memory: {needed:,} bytes needed, {largest.device_id} has {largest.memory_bytes:,}"
+
+
+def _disk_shortfall(requirements: Requirements, capabilities: Capabilities) -> str | None:
     disk = capabilities.cache_disk.total_bytes if capabilities.cache_disk else 0
-    if disk < requirements.cache_bytes:
-        yield f"cache disk: {requirements.cache_bytes:,} bytes needed, {disk:,} there"
+    return f"cache disk: {requirements.cache_bytes:,} bytes needed, {disk:,} there" if disk < requirements.cache_bytes else None

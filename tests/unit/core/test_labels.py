@@ -3,7 +3,7 @@
 import pytest
 
 from ollm_service.core.errors import InvalidExpression
-from ollm_service.core.labels import Attributes, parse_expression, satisfies
+from ollm_service.core.labels import Attributes, names_in, parse_expression, satisfies
 
 HERE: Attributes = {"zone": "home", "rack": 2.0, "gpu.memory-gb": 24.0, "name": "a b"}
 
@@ -101,3 +101,13 @@ def test_nesting_within_the_limit_is_fine() -> None:
     """Forty parentheses are still read, and so is a long flat expression."""
     assert satisfies("(" * 40 + "rack == 2" + ")" * 40, HERE)
     assert satisfies(" and ".join(["rack == 2"] * 60), HERE)
+
+
+def test_the_names_that_an_expression_compares() -> None:
+    """Wherever they stand in it, and each once."""
+    assert names_in('zone == "home"') == {"zone"}
+    assert names_in('not (rack < 2 or not zone == "home") and rack > 0 and gpu_memory_gb >= 8') == {
+        "rack",
+        "zone",
+        "gpu_memory_gb",
+    }
