@@ -24,7 +24,7 @@ from ollm_service.core.capabilities import CacheDisk, Capabilities, Device, Live
 from ollm_service.core.matching import match_fleet
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
 from ollm_service.core.passes import PASS_TRAITS
-from ollm_service.core.placement import Placement, Unplaceable, place
+from ollm_service.core.placement import Placement, RowBounds, Unplaceable, place
 from ollm_service.core.plan import BackendId, GenericModelKind, NativeFamily
 from ollm_service.core.planning import Planned, plan
 from ollm_service.core.profile import ModelProfile
@@ -126,9 +126,7 @@ def placement(runs: int) -> dict[str, dict[str, float]]:
 
         def once() -> Placement | Unplaceable:
             assert found.profile is not None
-            return place(
-                found.plan, found.profile, config, requirements, here, live, longest_row_tokens=longest, shortest_row_tokens=64
-            )
+            return place(found.plan, found.profile, config, requirements, here, live, RowBounds(longest=longest, shortest=64))
 
         once()
         return milliseconds(once, runs)

@@ -14,7 +14,7 @@ from ollm_service.core.finalization import CannotFallBack, fall_back, finalize
 from ollm_service.core.leasing import WorkRow
 from ollm_service.core.options import GenerationConfig, KVCacheStrategy, RuntimeConfig
 from ollm_service.core.passes import PassOutcome
-from ollm_service.core.placement import Placement, Unplaceable, place
+from ollm_service.core.placement import Placement, RowBounds, Unplaceable, place
 from ollm_service.core.plan import BackendId, PassId, RuntimePlan
 from ollm_service.core.planning import plan
 from ollm_service.core.profile import ModelProfile
@@ -66,7 +66,7 @@ EXAMPLES = (
     Example(
         title="Unplaceable",
         words="The plan is sound, but this worker has too little free at the moment: it declines, and the plan waits.",
-        free_bytes=32 * MIB,
+        free_bytes=420 * MIB,
     ),
 )
 
@@ -117,7 +117,7 @@ def _place(example: Example, made: RuntimePlan, profile: ModelProfile, config: R
         cache_disk=CacheDisk(path="/cache", total_bytes=GIB),
     )
     live = LiveState(device_free_bytes={"cpu": example.free_bytes}, host_free_bytes=example.free_bytes, cache_free_bytes=GIB)
-    return place(made, profile, config, requirements_of(made, profile, config), worker, live, longest_row_tokens=ROW_TOKENS)
+    return place(made, profile, config, requirements_of(made, profile, config), worker, live, RowBounds(longest=ROW_TOKENS))
 
 
 def _run(

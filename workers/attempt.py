@@ -16,12 +16,12 @@ from ollm_service.core.errors import DatabaseUnavailable
 from ollm_service.core.finalization import CannotFallBack, fall_back, finalize
 from ollm_service.core.leasing import Assignment, AttemptReport, LeaseLost, RowResult, WorkRow
 from ollm_service.core.passes import PassOutcome, describe
-from ollm_service.core.placement import Placement, Unplaceable, place
+from ollm_service.core.placement import Placement, RowBounds, Unplaceable, place
 from ollm_service.core.plan import PassId, RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import demanded_passes
 from ollm_service.core.retry import Failure
-from ollm_service.core.row_size import most_tokens, prompt_bytes
+from ollm_service.core.row_size import most_prompt_tokens, most_tokens, prompt_bytes
 from ollm_service.core.wire import (
     AttemptFailed,
     BatchDone,
@@ -145,7 +145,8 @@ class Attempt:
     def _order(self, profile: ModelProfile) -> bool:
         """Place the plan and hand it to the runner; False where it was declined."""
         work = self._assignment
-        lengths = [most_tokens(request_of(row), row.generation.max_new_tokens) for row in work.rows if row.row in self._missing]
+        missing = [row for row in work.rows if row.row in self._missing]
+        lengths = [most_tokens(request_of(row), row.generation.max_new_tokens) for row in missing]
         placed = place(
             self._plan,
             profile,
@@ -153,8 +154,13 @@ class Attempt:
             work.requirements,
             self._around.capabilities(),
             self._around.live(self._slot),
-            longest_row_tokens=max(lengths, default=1),
-            shortest_row_tokens=min(lengths, default=1),
+            RowBounds(
+                longest=max(lengths, default=1),
+                longest_prompt=max((most_prompt_tokens(request_of(row)) for row in missing), default=1),
+                shortest=min(lengths, default=1),
+                count=len(missing),
+                are_sampled=not all(row.generation.is_greedy for row in missing),
+            ),
             micro_batch_limit=work.micro_batch_limit,
         )
         if isinstance(placed, Unplaceable):
@@ -164,7 +170,7 @@ class Attempt:
         longest = min(max(lengths, default=1), profile.max_context_tokens or max(lengths, default=1))
         is_partial = placed.longest_row_tokens is not None and placed.longest_row_tokens < longest
         self._too_long = Unplaceable(refused=placed.refused) if is_partial else None
-        self._slot.reserve(placed.device_id, placed.estimate.device_bytes)
+        self._slot.reserve(placed.device_id, placed.process_bytes)
         return self._hand_over(profile, placed)
 
     def _hand_over(self, profile: ModelProfile, placement: Placement) -> bool:

@@ -163,11 +163,22 @@ def _offline(worker: Json) -> str:
 
 
 def _shortage(worker: Json) -> str:
-    """Of the ways to run it, the one that lacks least."""
-    tier = min(worker["refused"], key=lambda refused: refused["needed_bytes"] - refused["free_bytes"])
-    needed, free = bytes_in_words(tier["needed_bytes"]), bytes_in_words(tier["free_bytes"])
-    on_disk = " of cache disk" if tier["reason"].startswith("cache disk") else f" on {tier['device_id']}"
-    return f"needs {needed}{on_disk} ({tier['tier']}); {free} free"
+    """Of the ways to run it, the one that lacks least, part by part."""
+    short = [tier for tier in worker["refused"] if tier["short_of"]]
+    if not short:
+        return f"cannot: {'; '.join(dict.fromkeys(tier['reason'] for tier in worker['refused']))}"
+    tier = min(short, key=lambda refused: refused["needed_bytes"] - refused["free_bytes"])
+    needed, usable = bytes_in_words(tier["needed_bytes"]), bytes_in_words(tier["free_bytes"])
+    if tier["short_of"] != "memory":
+        return f"needs {needed} of {tier['short_of']} ({tier['tier']}); {usable} usable"
+    return f"needs {needed} on {tier['device_id']} ({tier['tier']}: {_parts(tier['estimate'])}); {usable} usable"
+
+
+def _parts(estimate: Json) -> str:
+    """What the memory of a device is needed for, in three figures."""
+    work = sum(estimate[part] for part in ("activations", "logits", "masks", "workspace"))
+    figures = {"KV": estimate["kv"], "weights": estimate["weights"], "work": work}
+    return ", ".join(f"{name} {bytes_in_words(size)}" for name, size in figures.items())
 
 
 def _in_words(reason: str) -> str:

@@ -11,7 +11,7 @@ from ollm_service.core.labels import ANY
 from ollm_service.core.lifecycle import ExecutionState
 from ollm_service.core.matching import NoMatch, match
 from ollm_service.core.options import LARGEST_COUNT, GenerationConfig, RuntimeConfig
-from ollm_service.core.placement import Placement, RefusedTier, Unplaceable, place
+from ollm_service.core.placement import Placement, RefusedTier, RowBounds, Unplaceable, place
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.quote import Candidate, Job, RowSize, quote
 from ollm_service.core.row_size import TEMPLATE_TOKENS, most_tokens, own_limit, prompt_bytes
@@ -228,8 +228,7 @@ def _standing(ask: Ask | PlanView, there: WorkerView, now_ms: int) -> Standing:
 
 
 def _place(ask: Ask, profile: ModelProfile, offered: Capabilities, live: LiveState) -> Placement | Unplaceable:
-    longest = ask.longest_row_tokens
-    return place(ask.plan, profile, ask.config, ask.requirements, offered, live, longest_row_tokens=longest)
+    return place(ask.plan, profile, ask.config, ask.requirements, offered, live, RowBounds(longest=ask.longest_row_tokens))
 
 
 def _idle(offered: Capabilities) -> LiveState:

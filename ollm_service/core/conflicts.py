@@ -19,7 +19,7 @@ from itertools import combinations
 from ollm_service.core.errors import InvalidOption
 from ollm_service.core.matching import NoMatch, match
 from ollm_service.core.options import RuntimeConfig
-from ollm_service.core.placement import Placement, place
+from ollm_service.core.placement import Placement, RowBounds, place
 from ollm_service.core.plan import RuntimePlan
 from ollm_service.core.planning import plan_resolved
 from ollm_service.core.profile import ModelProfile
@@ -168,7 +168,7 @@ def fit(ask: Ask, worker: Candidate) -> Fit | None:
         ask.requirements,
         worker.capabilities,
         worker.live,
-        longest_row_tokens=ask.longest_row_tokens,
+        RowBounds(longest=ask.longest_row_tokens),
     )
     return Fit(worker=worker.name, placement=found) if isinstance(found, Placement) else None
 

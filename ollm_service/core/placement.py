@@ -1,18 +1,41 @@
-"""How would this worker run a plan right now: on which device, with which KV strategy, how many rows at a time?
+"""How would this worker run a plan right now: on which device, which layers where, with which KV cache, how many rows at a time?
 
-The ladder of tiers, best first: everything on the device; the KV cache in files. Each refused tier says why, in bytes.
+The ladder of tiers, best first, on each device in turn, accelerators before the CPU:
 
-Memory estimates (bytes; T = tokens of the longest row with its output, B = rows of a micro-batch, w = bytes of an element):
-  weights      the tensors of the checkpoint
-  kv           B · kv_bytes(T); with the cache in files one layer of it at a time, twice (what is read and its copy)
-  activations  B · T · (4·hidden + 3·intermediate) · w for one layer at prefill, and B · T² for a left-padded mask
-  logits       B · vocabulary · 8, the last position in float32 and a copy that sampling sorts
+  1. all on device
+  2. KV cache in files
+  3. layers in host memory       on an accelerator: some layers pass through it for every token
+  4. layers streamed from disk   as 3, and what host memory does not hold comes from disk; a CPU has 4 without 3
+
+  - The first tier that holds one row is taken, with the most rows that fit: at most `MOST_ROWS`, or as many as there are, or as
+    crashes have left. Each tier before it is recorded with the bytes that it is short of, or with why it was not tried.
+  - A KV strategy that was asked for is the only one. Otherwise the strategy selector says whether 1 or 2 comes first; tiers 3 and
+    4 try what it chose, then what is left.
+  - Tiers are offered by a plan's passes and by the worker: 2 by disk-cache, 3 and 4 by cpu-offload, layers pinned to a GPU by
+    gpu-offload. Layers that were asked for by number are kept in host memory exactly so, or the worker refuses the plan.
+  - In 3 and 4 rows go before layers. Where k of n layers of l bytes stay on the device, a token of each of B rows costs a
+    transfer of (n - k)·l / B bytes; with room F for both and r bytes a row B is (F - k·l) / r, and (n - k) / (F - k·l) grows with
+    k wherever not all layers fit (F < n·l). So as many rows as can be, then as many layers as still fit beside them.
+  - What is usable is `USABLE_FRACTION` of what is free now, less what a runner takes before it has a model. The rest is for
+    allocators that cut their memory into pieces, for other programs, and for what the estimate may be wrong by.
+
+`core/estimates.py` says what is needed. More free memory never gives a worse tier, and within a tier never fewer rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from ollm_service.core.capabilities import Capabilities, Device, LiveState
+from ollm_service.core.estimates import (
+    DEVICE_SLOTS,
+    HOST_SLOTS,
+    RUNTIME_BYTES,
+    USUAL_WINDOW_TOKENS,
+    Layout,
+    MemoryEstimate,
+    estimate_memory,
+)
 from ollm_service.core.kv_selector import KVChoice, select_kv_strategy
 from ollm_service.core.matching import able_devices
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
@@ -20,55 +43,78 @@ from ollm_service.core.plan import PassId, RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements
 
-WORKSPACE_BYTES = 64 * 1024**2
 USABLE_FRACTION = 0.9
 MOST_ROWS = 64
-_ELEMENT_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+MLP_CHUNK_ROWS = 16_384  # what mlp-chunking computes at a time unless told otherwise
+
+
+class Tier(StrEnum):
+    """How far a model has to leave its device. The order is the ladder's."""
+
+    ALL_ON_DEVICE = "all on device"
+    KV_IN_FILES = "KV cache in files"
+    LAYERS_IN_HOST = "layers in host memory"
+    LAYERS_FROM_DISK = "layers streamed from disk"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryEstimate:
-    """What a placement is expected to need, in bytes: `device_bytes` is the sum of the first five."""
+class RowBounds:
+    """How long the rows are that are to be placed, in tokens, and how many.
 
-    weights: int
-    kv: int
-    activations: int
-    logits: int
-    workspace: int
-    disk: int
+    `longest` is a bound of prompt and answer together, `longest_prompt` of the prompts alone; without it all may be prompt. Where
+    the longest do not fit and `shortest` is given, the placement may be one for shorter rows. `are_sampled`: some may draw their
+    tokens, which takes more memory than taking the best.
+    """
 
-    @property
-    def device_bytes(self) -> int:
-        """What has to be free on the device."""
-        return self.weights + self.kv + self.activations + self.logits + self.workspace
+    longest: int
+    longest_prompt: int | None = None
+    shortest: int | None = None
+    count: int | None = None
+    are_sampled: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefusedTier:
-    """A tier that does not fit, with the bytes that it needs for one row and those that are free."""
+    """A tier that was not taken. `short_of` is what it lacks, with the bytes that one row needs and those that are usable.
 
-    tier: str
+    `short_of` is None where no bytes decided: then `reason` says what did. `estimate` is that of one row.
+    """
+
+    tier: Tier
     device_id: str
     reason: str
     needed_bytes: int
     free_bytes: int
+    short_of: str | None = None
+    estimate: MemoryEstimate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """The concrete choice on one worker. `micro_batch` is the most rows at a time, `kv_details` say how the KV was chosen.
 
-    It holds for rows of up to `longest_row_tokens`, prompt and output together; a longer row is left unanswered here.
+    It holds for rows of up to `longest_row_tokens`, prompt and output together; a longer row is left unanswered here. The numbers
+    of layers add up to the model's; `host_layers` and `disk_layers` name those that pass through the device, from 0.
     """
 
     device_id: str
-    tier: str
+    tier: Tier
     kv_cache_strategy: KVCacheStrategy
     micro_batch: int
     estimate: MemoryEstimate
     kv_details: Mapping[str, str] = field(default_factory=dict)
     refused: tuple[RefusedTier, ...] = ()
     longest_row_tokens: int | None = None
+    layers_on_device: int = 0
+    layers_in_host: int = 0
+    layers_on_disk: int = 0
+    host_layers: tuple[int, ...] = ()
+    disk_layers: tuple[int, ...] = ()
+
+    @property
+    def process_bytes(self) -> int:
+        """What the runner's process takes of the device at most, its libraries included."""
+        return self.estimate.device_bytes + RUNTIME_BYTES.get(self.device_id.partition(":")[0], 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,126 +129,346 @@ class Unplaceable:
         return "; ".join(f"{tier.device_id}, {tier.tier}: {tier.reason}" for tier in self.refused)
 
 
-def place(  # noqa: PLR0913 - everything that a placement weighs
+def place(
     plan: RuntimePlan,
     profile: ModelProfile,
     config: RuntimeConfig,
     requirements: Requirements,
     capabilities: Capabilities,
     live: LiveState,
-    *,
-    longest_row_tokens: int,
-    shortest_row_tokens: int | None = None,
+    rows: RowBounds,
     micro_batch_limit: int | None = None,
 ) -> Placement | Unplaceable:
-    """The best tier that holds at least one row of `longest_row_tokens` (prompt and output together).
+    """The best tier that holds at least one of the longest rows.
 
-    Where none does and `shortest_row_tokens` is given, the best for half as many tokens, and so on down to the shortest row: a
-    few long rows must not block the rest, and the bound of a row's tokens is far above what most have.
+    Where none does and `rows.shortest` is given, the best for half as many tokens, and so on down to the shortest row: a few long
+    rows must not block the rest, and the bound of a row's tokens is far above what most have.
     """
-    tokens = min(longest_row_tokens, profile.max_context_tokens or longest_row_tokens)
+    tokens = min(rows.longest, profile.max_context_tokens or rows.longest)
+    most_rows = max(1, min(MOST_ROWS, micro_batch_limit or MOST_ROWS, rows.count or MOST_ROWS))
     refused: tuple[RefusedTier, ...] = ()
     while True:
-        found = _place_rows(plan, profile, config, requirements, capabilities, live, tokens, micro_batch_limit)
+        request = _Request(plan, profile, config, capabilities, live, tokens, rows, most_rows)
+        found = _first_that_fits(request, able_devices(requirements, capabilities))
         if isinstance(found, Placement):
             return replace(found, refused=refused + found.refused)
         refused = refused or found.refused
-        if shortest_row_tokens is None or tokens <= shortest_row_tokens:
+        if rows.shortest is None or tokens <= rows.shortest:
             return Unplaceable(refused=refused)
-        tokens = max(shortest_row_tokens, tokens // 2)
+        tokens = max(rows.shortest, tokens // 2)
 
 
-def _place_rows(
-    plan: RuntimePlan,
-    profile: ModelProfile,
-    config: RuntimeConfig,
-    requirements: Requirements,
-    capabilities: Capabilities,
-    live: LiveState,
-    tokens: int,
-    micro_batch_limit: int | None,
-) -> Placement | Unplaceable:
+def usable_bytes(live: LiveState, device: Device) -> int:
+    """What a model and its work may take of a device now."""
+    free = live.device_free_bytes.get(device.device_id, 0)
+    return max(0, int(free * USABLE_FRACTION) - RUNTIME_BYTES.get(device.kind, 0))
+
+
+def offloaded_layers(total: int, count: int, policy: str) -> range:
+    """Which `count` of `total` layers leave the device: the first, the last, or a band in the middle, which `auto` means, too.
+
+    A larger count keeps the layers of a smaller one. No more than there are.
+    """
+    count = min(count, total)
+    start = {"prefix": 0, "suffix": total - count}.get(policy, (total - count) // 2)
+    return range(start, start + count)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What is asked of every device: rows of up to `tokens` tokens, at most `most_rows` at a time."""
+
+    plan: RuntimePlan
+    profile: ModelProfile
+    config: RuntimeConfig
+    capabilities: Capabilities
+    live: LiveState
+    tokens: int
+    rows: RowBounds
+    most_rows: int
+
+    @property
+    def has_demanded_layers(self) -> bool:
+        """Whether layers leave the device because the user said how many."""
+        config = self.config
+        return config.offload_cpu_layers > 0 or 0 < config.offload_gpu_layers < self.profile.layer_count
+
+    def layout(self, device: Device) -> Layout:
+        """How the model runs in the first tier."""
+        mlp_rows = None
+        if PassId.MLP_CHUNKING in self.plan.specialization_pass_ids:
+            mlp_rows = self.config.dense_projection_chunk_rows or MLP_CHUNK_ROWS
+        return Layout(
+            device_kind=device.kind,
+            window_tokens=self.config.kv_cache_window_tokens or USUAL_WINDOW_TOKENS,
+            mlp_rows=mlp_rows,
+            is_sampled=self.rows.are_sampled,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """One device, and what is usable there: of its own memory, of host memory beside it, and of the cache disk."""
+
+    request: _Request
+    device: Device
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+
+    @classmethod
+    def on(cls, device: Device, request: _Request) -> "_Room":
+        live = request.live
+        host = max(0, int(live.host_free_bytes * USABLE_FRACTION) - RUNTIME_BYTES["cpu"])
+        return cls(request, device, usable_bytes(live, device), host, live.cache_free_bytes)
+
+    def estimate(self, layout: Layout, rows: int) -> MemoryEstimate:
+        return estimate_memory(
+            self.request.profile, layout, rows=rows, tokens=self.request.tokens, prompt_tokens=self.request.rows.longest_prompt
+        )
+
+    def holds(self, estimate: MemoryEstimate) -> bool:
+        return (
+            estimate.device_bytes <= self.device_bytes and estimate.host <= self.host_bytes and estimate.disk <= self.disk_bytes
+        )
+
+    def refuse(self, tier: Tier, estimate: MemoryEstimate) -> RefusedTier:
+        """Why an estimate of one row does not fit; the first of device, host memory and disk that is short."""
+        needs = (
+            ("memory", estimate.device_bytes, self.device_bytes),
+            ("host memory", estimate.host, self.host_bytes),
+            ("cache disk", estimate.disk, self.disk_bytes),
+        )
+        what, needed, there = next(need for need in needs if need[1] > need[2])
+        return RefusedTier(
+            tier=tier,
+            device_id=self.device.device_id,
+            reason=f"{what}: {needed:,} bytes needed for one row of {self.request.tokens:,} tokens, {there:,} usable",
+            needed_bytes=needed,
+            free_bytes=there,
+            short_of=what,
+            estimate=estimate,
+        )
+
+    def decline(self, tier: Tier, reason: str) -> RefusedTier:
+        """Not tried, for a reason other than bytes; what one row would need stands beside it."""
+        estimate = self.estimate(self.request.layout(self.device), 1)
+        return RefusedTier(
+            tier=tier,
+            device_id=self.device.device_id,
+            reason=reason,
+            needed_bytes=estimate.device_bytes,
+            free_bytes=self.device_bytes,
+            estimate=estimate,
+        )
+
+
+_Found = tuple[int, Layout]
+
+
+def _first_that_fits(request: _Request, devices: Sequence[Device]) -> Placement | Unplaceable:
     refused: list[RefusedTier] = []
-    most_rows = MOST_ROWS if micro_batch_limit is None else min(MOST_ROWS, micro_batch_limit)
-    for device in able_devices(requirements, capabilities):
-        choice = select_kv_strategy(plan, config, capabilities, device)
-        spilled = _spilled_strategy(plan, config, capabilities)
-        wanted = [choice.strategy]
-        if choice.strategy is not KVCacheStrategy.RESIDENT and config.demanded_kv_strategy is None:
-            wanted.append(KVCacheStrategy.RESIDENT)
-        elif choice.strategy is KVCacheStrategy.RESIDENT and spilled is not None:
-            wanted.append(spilled)
-        for strategy in wanted:
-            found = _try_tier(profile, device, live, strategy, tokens, most_rows)
+    for device in devices:
+        choice = select_kv_strategy(request.plan, request.config, request.capabilities, device)
+        strategies = _strategies(request, choice)
+        for tier, found in _climb(_Room.on(device, request), strategies):
             if isinstance(found, RefusedTier):
                 refused.append(found)
-                continue
-            rows, estimate = found
-            return Placement(
-                device_id=device.device_id,
-                tier=_tier_name(strategy),
-                kv_cache_strategy=strategy,
-                micro_batch=rows,
-                estimate=estimate,
-                kv_details=_kv_details(choice, strategy),
-                refused=tuple(refused),
-                longest_row_tokens=tokens,
-            )
+            else:
+                return _placement(request, device, tier, found, choice, refused)
     return Unplaceable(refused=tuple(refused))
 
 
-def estimate_memory(profile: ModelProfile, strategy: KVCacheStrategy, *, rows: int, tokens: int) -> MemoryEstimate:
-    """What `rows` rows of `tokens` tokens need; see the formulae above."""
-    element = _ELEMENT_BYTES.get(profile.dtype or "", 4)
-    history = rows * profile.kv_bytes(tokens)
-    resident = strategy is KVCacheStrategy.RESIDENT
-    width = 4 * profile.hidden_size + 3 * profile.intermediate_size
-    return MemoryEstimate(
-        weights=profile.weight_bytes,
-        kv=history if resident else 2 * history // max(1, profile.layer_count),
-        activations=rows * tokens * (width * element + tokens),
-        logits=rows * profile.vocabulary_size * 8,
-        workspace=WORKSPACE_BYTES,
-        disk=0 if resident else history,
+def _strategies(request: _Request, choice: KVChoice) -> list[KVCacheStrategy]:
+    """The KV strategies that may be tried, in order: the demanded one alone, else the chosen one and the other place."""
+    if request.config.demanded_kv_strategy is not None:
+        return [choice.strategy]
+    if choice.strategy is not KVCacheStrategy.RESIDENT:
+        return [choice.strategy, KVCacheStrategy.RESIDENT]
+    return [KVCacheStrategy.RESIDENT] if _no_files_because(request) else [KVCacheStrategy.RESIDENT, KVCacheStrategy.PAGED]
+
+
+def _climb(room: _Room, strategies: Sequence[KVCacheStrategy]) -> Iterator[tuple[Tier, _Found | RefusedTier]]:
+    """Every tier of one device, best first, each as it could be run or refused."""
+    request = room.request
+    by_tier = {_kv_tier(strategy): strategy for strategy in strategies}
+    for tier in [*by_tier, *(tier for tier in (Tier.ALL_ON_DEVICE, Tier.KV_IN_FILES) if tier not in by_tier)]:
+        if request.has_demanded_layers:
+            yield tier, room.decline(tier, "layers in host memory were asked for")
+        elif tier in by_tier:
+            yield tier, _try_whole(room, tier, by_tier[tier])
+        else:
+            yield tier, room.decline(tier, _why_not(request))
+    is_host = room.device.kind == "cpu"
+    for tier in (Tier.LAYERS_FROM_DISK,) if is_host else (Tier.LAYERS_IN_HOST, Tier.LAYERS_FROM_DISK):
+        lacking = _no_offload_because(room, tier)
+        if lacking is not None:
+            yield tier, room.decline(tier, lacking)
+        else:
+            tries = [_try_offloaded(room, tier, strategy) for strategy in strategies]
+            fitting = [found for found in tries if not isinstance(found, RefusedTier)]
+            yield tier, fitting[0] if fitting else min(tries, key=_needed)
+
+
+def _needed(found: _Found | RefusedTier) -> int:
+    return found.needed_bytes if isinstance(found, RefusedTier) else 0
+
+
+def _kv_tier(strategy: KVCacheStrategy) -> Tier:
+    return Tier.ALL_ON_DEVICE if strategy is KVCacheStrategy.RESIDENT else Tier.KV_IN_FILES
+
+
+def _why_not(request: _Request) -> str:
+    """Why the KV cache does not go to the other place."""
+    if request.config.demanded_kv_strategy is not None:
+        return f"KV cache strategy `{request.config.demanded_kv_strategy}` was asked for"
+    return _no_files_because(request) or "not tried"
+
+
+def _no_files_because(request: _Request) -> str | None:
+    """Why the KV cache cannot go to files here; None where it can."""
+    if not request.plan.supports_disk_cache:
+        return "the plan has no disk-cache pass"
+    capabilities = request.capabilities
+    lacking = capabilities.passes.get(PassId.DISK_CACHE, "not known to this worker")
+    if lacking is None:
+        lacking = capabilities.kv_strategies.get(KVCacheStrategy.PAGED, "not known to this worker")
+    return lacking
+
+
+def _no_offload_because(room: _Room, tier: Tier) -> str | None:
+    """Why layers cannot leave this device so; None where they can."""
+    request = room.request
+    pinned = 0 < request.config.offload_gpu_layers < request.profile.layer_count
+    pass_id = PassId.GPU_OFFLOAD if pinned else PassId.CPU_OFFLOAD
+    if request.has_demanded_layers and tier is Tier.LAYERS_FROM_DISK:
+        return "layers in host memory were asked for"
+    if pass_id not in request.plan.specialization_pass_ids:
+        return f"the plan has no {pass_id} pass"
+    lacking = request.capabilities.passes.get(pass_id, "not known to this worker")
+    if lacking is not None:
+        return f"{pass_id}: {lacking}"
+    return None if request.profile.layer_bytes else "the model's layers cannot be told apart"
+
+
+def _try_whole(room: _Room, tier: Tier, strategy: KVCacheStrategy) -> _Found | RefusedTier:
+    """All layers on the device."""
+    layout = replace(room.request.layout(room.device), kv=strategy)
+    one_row = room.estimate(layout, 1)
+    if not room.holds(one_row):
+        return room.refuse(tier, one_row)
+    low, high = 1, room.request.most_rows
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if room.holds(room.estimate(layout, middle)) else (low, middle - 1)
+    return low, layout
+
+
+def _try_offloaded(room: _Room, tier: Tier, strategy: KVCacheStrategy) -> _Found | RefusedTier:
+    """Some layers pass through the device: first the most rows, then the fewest such layers."""
+    layout = replace(room.request.layout(room.device), kv=strategy)
+    counts = _Counts.of(room, from_disk=tier is Tier.LAYERS_FROM_DISK)
+    one_row = counts.fewest(room, room.estimate(layout, 1))
+    if one_row is None:
+        return room.refuse(tier, counts.nearest(room, room.estimate(layout, 1)))
+    low, high = 1, room.request.most_rows
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = counts.fewest(room, room.estimate(layout, middle)) is not None
+        low, high = (middle, high) if fits else (low, middle - 1)
+    estimate = room.estimate(layout, low)
+    count = counts.fewest(room, estimate)
+    assert count is not None
+    return low, counts.laid_out(room, layout, estimate, count)
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """For each number of layers that may leave the device, which they are and what is needed for them, in bytes.
+
+    `device` is what they change there (they go, and what they pass through comes), `host` what host memory needs.
+    """
+
+    counts: Sequence[int]
+    bands: Sequence[range]
+    device: Sequence[int]
+    host: Sequence[int]
+    from_disk: bool
+
+    @classmethod
+    def of(cls, room: _Room, *, from_disk: bool) -> "_Counts":
+        """All numbers, or the one that was asked for."""
+        config, sizes = room.request.config, room.request.profile.layer_bytes
+        total, policy = len(sizes), config.offload_cpu_policy
+        counts: Sequence[int] = range(1, total + 1)
+        if config.offload_cpu_layers:
+            counts = (min(config.offload_cpu_layers, total),)
+        elif room.request.has_demanded_layers:
+            counts, policy = (total - config.offload_gpu_layers,), "suffix"
+        on_cpu = room.device.kind == "cpu"
+        bands = [offloaded_layers(total, count, policy) for count in counts]
+        sums = [0]
+        for size in sizes:
+            sums.append(sums[-1] + size)
+        device, host, largest = [], [], 0
+        for band in bands:
+            largest = max(largest, sizes[band.start], sizes[band.stop - 1])
+            if len(bands) == 1:
+                largest = max(sizes[band.start : band.stop])
+            left = sums[band.stop] - sums[band.start]
+            device.append(DEVICE_SLOTS * largest - left)
+            host.append(0 if on_cpu else HOST_SLOTS * largest if from_disk else left)
+        return cls(counts, bands, device, host, from_disk)
+
+    def fewest(self, room: _Room, working: MemoryEstimate) -> int | None:
+        """The position of the first number that fits beside an estimate of all on the device."""
+        device, host = room.device_bytes - working.device_bytes, room.host_bytes - working.host
+        if working.disk > room.disk_bytes:
+            return None
+        return next((n for n in range(len(self.counts)) if self.device[n] <= device and self.host[n] <= host), None)
+
+    def nearest(self, room: _Room, working: MemoryEstimate) -> MemoryEstimate:
+        """What one row needs at the least, where it does not fit: in host memory if the device has room, else on the device."""
+        device = room.device_bytes - working.device_bytes
+        able = [n for n in range(len(self.counts)) if self.device[n] <= device]
+        best = min(able or range(len(self.counts)), key=lambda n: self.host[n] if able else self.device[n])
+        return replace(working, weights=working.weights + self.device[best], host=working.host + self.host[best])
+
+    def laid_out(self, room: _Room, layout: Layout, working: MemoryEstimate, position: int) -> Layout:
+        """The layers by name; of those that come from disk as many as fit are kept in host memory."""
+        band = self.bands[position]
+        if not self.from_disk:
+            return replace(layout, host_layers=tuple(band))
+        if room.device.kind == "cpu":
+            return replace(layout, disk_layers=tuple(band))
+        sizes, kept = room.request.profile.layer_bytes, 0
+        left = room.host_bytes - working.host - self.host[position]
+        while kept < len(band) - 1 and sizes[band[kept]] <= left:
+            left -= sizes[band[kept]]
+            kept += 1
+        return replace(layout, host_layers=tuple(band[:kept]), disk_layers=tuple(band[kept:]))
+
+
+def _placement(
+    request: _Request, device: Device, tier: Tier, found: _Found, choice: KVChoice, refused: Sequence[RefusedTier]
+) -> Placement:
+    rows, layout = found
+    estimate = estimate_memory(
+        request.profile, layout, rows=rows, tokens=request.tokens, prompt_tokens=request.rows.longest_prompt
     )
-
-
-def _try_tier(
-    profile: ModelProfile, device: Device, live: LiveState, strategy: KVCacheStrategy, tokens: int, most_rows: int
-) -> tuple[int, MemoryEstimate] | RefusedTier:
-    free = int(live.device_free_bytes.get(device.device_id, 0) * USABLE_FRACTION)
-    for rows in _halvings(most_rows):
-        estimate = estimate_memory(profile, strategy, rows=rows, tokens=tokens)
-        if estimate.device_bytes <= free and estimate.disk <= live.cache_free_bytes:
-            return rows, estimate
-    short_on_disk = estimate.device_bytes <= free
-    needed, there = (estimate.disk, live.cache_free_bytes) if short_on_disk else (estimate.device_bytes, free)
-    what = "cache disk" if short_on_disk else "memory"
-    return RefusedTier(
-        tier=_tier_name(strategy),
+    in_host, on_disk = len(layout.host_layers), len(layout.disk_layers)
+    return Placement(
         device_id=device.device_id,
-        reason=f"{what}: {needed:,} bytes needed for one row of {tokens:,} tokens, {there:,} free",
-        needed_bytes=needed,
-        free_bytes=there,
+        tier=tier,
+        kv_cache_strategy=layout.kv,
+        micro_batch=rows,
+        estimate=estimate,
+        kv_details={**choice.details, "strategy_selector_applied_kv_cache_strategy": layout.kv.value},
+        refused=tuple(refused),
+        longest_row_tokens=request.tokens,
+        layers_on_device=request.profile.layer_count - in_host - on_disk,
+        layers_in_host=in_host,
+        layers_on_disk=on_disk,
+        host_layers=layout.host_layers,
+        disk_layers=layout.disk_layers,
     )
-
-
-def _halvings(most: int) -> list[int]:
-    sizes = [max(1, most)]
-    while sizes[-1] > 1:
-        sizes.append(sizes[-1] // 2)
-    return sizes
-
-
-def _spilled_strategy(plan: RuntimePlan, config: RuntimeConfig, capabilities: Capabilities) -> KVCacheStrategy | None:
-    able = plan.supports_disk_cache and capabilities.passes.get(PassId.DISK_CACHE, "not known") is None
-    able = able and capabilities.kv_strategies.get(KVCacheStrategy.PAGED, "not known") is None
-    return KVCacheStrategy.PAGED if able and config.demanded_kv_strategy is None else None
-
-
-def _tier_name(strategy: KVCacheStrategy) -> str:
-    return "all on device" if strategy is KVCacheStrategy.RESIDENT else "KV cache in files"
-
-
-def _kv_details(choice: KVChoice, strategy: KVCacheStrategy) -> dict[str, str]:
-    return {**choice.details, "strategy_selector_applied_kv_cache_strategy": strategy.value}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ollm_service.core.capabilities import Capabilities, Device, LiveState
 from ollm_service.core.matching import NoMatch, match
 from ollm_service.core.options import RuntimeConfig
-from ollm_service.core.placement import Placement, Unplaceable, place
+from ollm_service.core.placement import Placement, RowBounds, Unplaceable, place
 from ollm_service.core.plan import RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.rates import MeasuredAttempt, Rate, measured_rate, output_share, probed_rate, tokens_per_byte
@@ -97,7 +97,14 @@ def quote(job: Job, candidates: Sequence[Candidate], attempts: Sequence[Measured
     prompt_tokens, most_output = sum(size[0] for size in sizes), sum(size[1] for size in sizes)
     lengths = sorted(prompt + output for prompt, output in sizes)
     shares = (share, share) if share is not None else USUAL_OUTPUT_SHARE
-    work = _Work(job=job, lengths=lengths, prompt_tokens=prompt_tokens, output_tokens=most_output, shares=shares)
+    work = _Work(
+        job=job,
+        lengths=lengths,
+        longest_prompt=max((size[0] for size in sizes), default=1),
+        prompt_tokens=prompt_tokens,
+        output_tokens=most_output,
+        shares=shares,
+    )
     quotes = [_worker_quote(work, candidate, attempts) for candidate in candidates]
     expected, slow, fast = (_deal(work, quotes, luck) for luck in (None, False, True))
     told = tuple(_with_share(work, found, dealt) for found, dealt in zip(quotes, expected[1], strict=True))
@@ -131,6 +138,7 @@ class _Work:
 
     job: Job
     lengths: Sequence[int]
+    longest_prompt: int
     prompt_tokens: int
     output_tokens: int
     shares: tuple[float, float]
@@ -160,8 +168,12 @@ def _worker_quote(work: _Work, candidate: Candidate, attempts: Sequence[Measured
         job.requirements,
         capabilities,
         candidate.live,
-        longest_row_tokens=max(work.lengths, default=1),
-        shortest_row_tokens=min(work.lengths, default=1),
+        RowBounds(
+            longest=max(work.lengths, default=1),
+            longest_prompt=work.longest_prompt,
+            shortest=min(work.lengths, default=1),
+            count=min(work.row_count, job.rows_per_plan),
+        ),
     )
     if isinstance(placed, Unplaceable):
         return WorkerQuote(name=candidate.name, is_hypothetical=candidate.is_hypothetical, refused=(placed.reason,))

@@ -17,12 +17,14 @@ def prompt_bytes(request: Mapping[str, Any]) -> int:
 
 
 def most_tokens(request: Mapping[str, Any], max_new_tokens: int) -> int:
-    """A bound on a row's tokens with its output, which is the row's own where it sets one.
+    """A bound on a row's tokens with its output, which is the row's own where it sets one."""
+    return most_prompt_tokens(request) + (own_limit(request) or max_new_tokens)
 
-    No tokenizer makes more tokens of a text than it has bytes.
-    """
+
+def most_prompt_tokens(request: Mapping[str, Any]) -> int:
+    """A bound on the tokens of a row's prompt with its template. No tokenizer makes more tokens of a text than it has bytes."""
     messages = len(request.get("messages") or ())
-    return prompt_bytes(request) + MESSAGE_TOKENS * messages + TEMPLATE_TOKENS + (own_limit(request) or max_new_tokens)
+    return prompt_bytes(request) + MESSAGE_TOKENS * messages + TEMPLATE_TOKENS
 
 
 def own_limit(request: Mapping[str, Any]) -> int | None:

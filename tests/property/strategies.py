@@ -1,6 +1,7 @@
 """Arbitrary but valid values of the core's types, for laws that hold for all of them."""
 
 import string
+from dataclasses import fields
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from ollm_service.core.capabilities import CacheDisk, Capabilities, Device, LiveState
 from ollm_service.core.errors import InvalidOption
+from ollm_service.core.estimates import MemoryEstimate
 from ollm_service.core.leasing import AttemptReport, RowError, RowResult, WorkRow
 from ollm_service.core.options import (
     CPU_OFFLOAD_POLICIES,
@@ -17,7 +19,7 @@ from ollm_service.core.options import (
     RuntimeConfig,
 )
 from ollm_service.core.passes import Applied, Failed, NotNeeded, PassOutcome
-from ollm_service.core.placement import MemoryEstimate, Placement, RefusedTier
+from ollm_service.core.placement import Placement, RefusedTier, Tier
 from ollm_service.core.plan import (
     BackendId,
     CapabilityProfile,
@@ -308,18 +310,31 @@ outcomes: st.SearchStrategy[PassOutcome] = st.one_of(
     st.builds(Failed, reason=texts, error_type=maybe_texts),
 )
 pass_outcomes = st.dictionaries(st.sampled_from(PassId), outcomes)
-estimates = st.builds(MemoryEstimate, weights=counts, kv=counts, activations=counts, logits=counts, workspace=counts, disk=counts)
+estimates = st.builds(MemoryEstimate, **dict.fromkeys((item.name for item in fields(MemoryEstimate)), counts))
+layer_numbers = st.lists(st.integers(0, 99), max_size=3).map(tuple)
 placements = st.builds(
     Placement,
     device_id=st.sampled_from(DEVICE_IDS),
-    tier=texts,
+    tier=st.sampled_from(Tier),
     kv_cache_strategy=st.sampled_from(KVCacheStrategy),
     micro_batch=st.integers(1, 64),
     estimate=estimates,
     kv_details=details,
     refused=st.lists(
-        st.builds(RefusedTier, tier=texts, device_id=texts, reason=texts, needed_bytes=counts, free_bytes=counts), max_size=2
+        st.builds(
+            RefusedTier,
+            tier=st.sampled_from(Tier),
+            device_id=texts,
+            reason=texts,
+            needed_bytes=counts,
+            free_bytes=counts,
+            short_of=maybe_texts,
+            estimate=st.none() | estimates,
+        ),
+        max_size=2,
     ).map(tuple),
+    host_layers=layer_numbers,
+    disk_layers=layer_numbers,
 )
 work_rows = st.builds(
     WorkRow,

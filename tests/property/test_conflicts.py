@@ -12,7 +12,7 @@ from ollm_service.core.conflicts import OPTIONS, Ask, Demand, DemandKind, WayOut
 from ollm_service.core.errors import InvalidOption
 from ollm_service.core.matching import Match, match
 from ollm_service.core.options import RuntimeConfig
-from ollm_service.core.placement import Placement, place
+from ollm_service.core.placement import Placement, RowBounds, place
 from ollm_service.core.plan import BackendId, PassId
 from ollm_service.core.planning import plan_resolved
 from ollm_service.core.quote import Candidate
@@ -107,7 +107,7 @@ def fits(ask: Ask, demands: tuple[Demand, ...], fleet: list[Candidate], longest:
     return any(
         isinstance(match(requirements, worker.capabilities), Match)
         and isinstance(
-            place(plan, MODEL, config, requirements, worker.capabilities, worker.live, longest_row_tokens=longest or tokens),
+            place(plan, MODEL, config, requirements, worker.capabilities, worker.live, RowBounds(longest=longest or tokens)),
             Placement,
         )
         for worker in fleet

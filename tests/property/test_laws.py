@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ollm_service.core.capabilities import Capabilities, LiveState
 from ollm_service.core.errors import InvalidExpression, InvalidOption, InvalidReference, ModelNotFound, RequestError
+from ollm_service.core.estimates import Layout, estimate_memory
 from ollm_service.core.finalization import CannotFallBack, fall_back, finalize
 from ollm_service.core.kv_selector import select_kv_strategy
 from ollm_service.core.labels import Combination, Comparison, Expression, Negation, parse_expression, satisfies
@@ -17,7 +18,7 @@ from ollm_service.core.lifecycle import Event, ExecutionState, IllegalTransition
 from ollm_service.core.matching import Match, NoMatch, match, match_fleet
 from ollm_service.core.options import GenerationConfig, KVCacheStrategy, RuntimeConfig
 from ollm_service.core.passes import Applied, Failed, PassOutcome
-from ollm_service.core.placement import MOST_ROWS, USABLE_FRACTION, Placement, Unplaceable, estimate_memory, place
+from ollm_service.core.placement import MOST_ROWS, USABLE_FRACTION, Placement, RowBounds, Unplaceable, place
 from ollm_service.core.plan import BackendId, PassId, RuntimePlan, SpecializationState
 from ollm_service.core.planning import plan
 from ollm_service.core.profile import ModelProfile
@@ -218,13 +219,16 @@ def test_a_placement_fits_and_everything_refused_did_not(
 ) -> None:
     """What is chosen fits into nine tenths of what is free and keeps the limit; each refused tier is short of bytes."""
     needs = requirements_of(native, model, config)
-    found = place(native, model, config, needs, worker, live, longest_row_tokens=tokens, micro_batch_limit=limit)
+    found = place(native, model, config, needs, worker, live, RowBounds(longest=tokens), micro_batch_limit=limit)
     for tier in found.refused:
-        assert tier.needed_bytes > tier.free_bytes
+        assert tier.needed_bytes > tier.free_bytes or tier.short_of is None
+        assert tier.reason
     if isinstance(found, Unplaceable):
         return
     assert found.estimate.device_bytes <= live.device_free_bytes[found.device_id] * USABLE_FRACTION
     assert found.estimate.disk <= live.cache_free_bytes
+    assert found.estimate.host <= live.host_free_bytes * USABLE_FRACTION
+    assert found.layers_on_device + found.layers_in_host + found.layers_on_disk == model.layer_count
     assert 1 <= found.micro_batch <= min(MOST_ROWS, limit or MOST_ROWS)
     assert config.demanded_kv_strategy in (None, found.kv_cache_strategy)
     assert config.device is None or found.device_id.startswith(config.device)
@@ -259,22 +263,25 @@ def test_more_free_memory_never_places_worse(
     needs = requirements_of(native, model, config)
 
     def placed(state: LiveState) -> Placement | Unplaceable:
-        return place(native, model, config, needs, worker, state, longest_row_tokens=tokens)
+        return place(native, model, config, needs, worker, state, RowBounds(longest=tokens))
 
     free = {**live.device_free_bytes, device_id: live.device_free_bytes.get(device_id, 0) + more}
     freer = replace(live, device_free_bytes=free, cache_free_bytes=live.cache_free_bytes + more)
+    freer = replace(freer, host_free_bytes=live.host_free_bytes + more)
     assert rank(placed(freer)) >= rank(placed(live))
 
 
 @given(some.profiles, st.sampled_from(KVCacheStrategy), st.integers(1, 64), st.integers(1, 2**17))
 def test_estimates_grow_with_rows_and_tokens(model: ModelProfile, strategy: KVCacheStrategy, rows: int, tokens: int) -> None:
-    """No component of an estimate shrinks when there is more to do."""
-    base = estimate_memory(model, strategy, rows=rows, tokens=tokens)
+    """More to do never needs less of the device, of host memory or of the disk."""
+    layout = Layout(kv=strategy)
+    base = estimate_memory(model, layout, rows=rows, tokens=tokens)
     for larger in (
-        estimate_memory(model, strategy, rows=rows + 1, tokens=tokens),
-        estimate_memory(model, strategy, rows=rows, tokens=tokens + 1),
+        estimate_memory(model, layout, rows=rows + 1, tokens=tokens),
+        estimate_memory(model, layout, rows=rows, tokens=tokens + 1),
     ):
-        assert all(getattr(larger, item.name) >= getattr(base, item.name) for item in fields(base))
+        assert larger.device_bytes >= base.device_bytes
+        assert (larger.host, larger.disk) >= (base.host, base.disk)
 
 
 @given(some.runtime_plans(PLANNED), some.runtime_configs(), some.capabilities)

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
+from ollm_service.core.estimates import MemoryEstimate
 from ollm_service.core.leasing import RowResult, WorkRow
 from ollm_service.core.options import GenerationConfig, KVCacheStrategy, RuntimeConfig
 from ollm_service.core.passes import PassOutcome
-from ollm_service.core.placement import MemoryEstimate, Placement
+from ollm_service.core.placement import Placement, Tier
 from ollm_service.core.plan import (
     BackendId,
     CapabilityProfile,
@@ -94,7 +95,7 @@ def make_command(
         profile=ModelProfile(name=model_dir.name, path=PurePosixPath(model_dir.name), digest=str(model_dir)),
         config=RuntimeConfig(),
         placement=Placement(
-            device_id="cpu", tier="all on device", kv_cache_strategy=kv, micro_batch=micro_batch, estimate=_NOTHING
+            device_id="cpu", tier=Tier.ALL_ON_DEVICE, kv_cache_strategy=kv, micro_batch=micro_batch, estimate=_NOTHING
         ),
         rows=tuple(rows),
     )

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from ollm_service.core.estimates import MemoryEstimate
 from ollm_service.core.leasing import WorkRow
 from ollm_service.core.options import GenerationConfig, KVCacheStrategy, RuntimeConfig
-from ollm_service.core.placement import MemoryEstimate, Placement
+from ollm_service.core.placement import Placement, Tier
 from ollm_service.core.plan import GenericModelKind, NativeFamily, RuntimePlan
 from ollm_service.core.planning import plan
 from ollm_service.core.profile import ModelProfile
@@ -53,7 +54,7 @@ def order_of(*prompts: str, micro_batch: int = 4) -> Execute:
     estimate = MemoryEstimate(weights=1, kv=1, activations=1, logits=1, workspace=1, disk=0)
     placement = Placement(
         device_id="cpu",
-        tier="all on device",
+        tier=Tier.ALL_ON_DEVICE,
         kv_cache_strategy=KVCacheStrategy.RESIDENT,
         micro_batch=micro_batch,
         estimate=estimate,

@@ -22,7 +22,7 @@ from ollm_service.core.planning import plan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.resolution import HeldModel
 
-GIB = 1024**3
+MIB, GIB = 1024**2, 1024**3
 
 
 def profile(**changes: Any) -> ModelProfile:

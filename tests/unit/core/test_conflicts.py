@@ -82,7 +82,7 @@ def test_many_demands_that_must_go_together_are_found_too() -> None:
 def test_long_rows_may_go() -> None:
     """The longest row that still fits is told to the token: one more, and no worker has room."""
     model = profile(max_context_tokens=None)
-    asked = ask(tokens=100_000, model=model, use_cache=False)
+    asked = ask(tokens=1_000_000, model=model, use_cache=False)
     small = worker("small", free=live({"cpu": GIB}))
     found = find_conflicts(asked, [small])
     assert kinds(found) == [{DemandKind.LONG_ROWS}]

@@ -1,23 +1,27 @@
 """Is a placement the best tier that fits, and are refused ones explained in bytes?"""
 
+from itertools import pairwise
+from typing import Any
+
 import pytest
 
 from ollm_service.core.capabilities import Capabilities, LiveState
+from ollm_service.core.estimates import DEVICE_SLOTS, HOST_SLOTS, RUNTIME_BYTES, Layout, estimate_memory
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
 from ollm_service.core.placement import (
     MOST_ROWS,
     USABLE_FRACTION,
-    WORKSPACE_BYTES,
-    MemoryEstimate,
     Placement,
+    RowBounds,
+    Tier,
     Unplaceable,
-    estimate_memory,
+    offloaded_layers,
     place,
 )
-from ollm_service.core.plan import PassId
+from ollm_service.core.plan import NativeFamily, PassId
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import requirements_of
-from tests.unit.core.samples import GIB, capabilities, cpu, cuda, gpt2, live, planned, profile
+from tests.unit.core.samples import GIB, MIB, capabilities, cpu, cuda, gpt2, live, planned, profile
 
 RESIDENT, PAGED = KVCacheStrategy.RESIDENT, KVCacheStrategy.PAGED
 
@@ -29,6 +33,7 @@ def placed(
     tokens: int = 100,
     shortest: int | None = None,
     limit: int | None = None,
+    count: int | None = None,
     worker: Capabilities | None = None,
     free: LiveState | None = None,
 ) -> Placement | Unplaceable:
@@ -42,28 +47,20 @@ def placed(
         requirements_of(plan, model, config),
         worker or capabilities(),
         free or live(),
-        longest_row_tokens=tokens,
-        shortest_row_tokens=shortest,
+        RowBounds(longest=tokens, shortest=shortest, count=count),
         micro_batch_limit=limit,
     )
 
 
-def test_the_estimate_is_the_sum_of_documented_parts() -> None:
-    """Each component by its formula: 3 rows of 10 tokens of a model in float32."""
-    model = profile()
-    resident = estimate_memory(model, RESIDENT, rows=3, tokens=10)
-    assert resident == MemoryEstimate(
-        weights=4_000_000,
-        kv=3 * 10 * model.kv_bytes_per_token,
-        activations=3 * 10 * (4 * 64 + 3 * 256) * 4 + 3 * 10 * 10,
-        logits=3 * 1000 * 8,
-        workspace=WORKSPACE_BYTES,
-        disk=0,
-    )
-    assert resident.device_bytes == (resident.weights + resident.kv + resident.activations + resident.logits + resident.workspace)
-    paged = estimate_memory(model, PAGED, rows=3, tokens=10)
-    assert (paged.kv, paged.disk) == (2 * resident.kv // 4, resident.kv)
-    assert estimate_memory(profile(dtype="bfloat16"), RESIDENT, rows=1, tokens=1).activations == (4 * 64 + 3 * 256) * 2 + 1
+def needed(model: ModelProfile, strategy: KVCacheStrategy, *, rows: int, tokens: int) -> int:
+    """The bytes that have to be free on a processor before a runner is started, without margin."""
+    layout = Layout(kv=strategy, mlp_rows=16_384)
+    return estimate_memory(model, layout, rows=rows, tokens=tokens).device_bytes + RUNTIME_BYTES["cpu"]
+
+
+def just_enough(size: int) -> int:
+    """The free memory that leaves this much usable."""
+    return int(size / USABLE_FRACTION) + 1
 
 
 def test_an_undemanding_plan_gets_the_preferred_tier_and_a_full_batch() -> None:
@@ -85,30 +82,34 @@ def test_what_crashes_have_taught_is_kept_to(limit: int) -> None:
 
 
 def test_the_batch_shrinks_to_what_is_free() -> None:
-    """The largest halving that fits into nine tenths of the free memory is taken."""
-    needed = {rows: estimate_memory(profile(), RESIDENT, rows=rows, tokens=2048).device_bytes for rows in (64, 32, 16)}
+    """As many rows as fit into nine tenths of the free memory, less what the runner takes, are run at a time."""
     config = RuntimeConfig(kv_cache_strategy="resident")
-    for rows in (64, 32, 16):
-        free = int(needed[rows] / USABLE_FRACTION) + 1
+    for rows in (63, 32, 5, 1):
+        free = just_enough(needed(profile(), RESIDENT, rows=rows, tokens=2048))
         found = placed(config, tokens=2048, free=live({"cpu": free}))
         assert isinstance(found, Placement)
         assert found.micro_batch == rows
 
 
 def test_a_refused_tier_says_how_many_bytes_are_short() -> None:
-    """Without room for one row, each tier of each device is refused with what it needs and what is free."""
-    found = placed(worker=capabilities(cpu(), cuda()), free=live({"cpu": 1000, "cuda:0": 2000}), tokens=10)
+    """Without room for one row, each tier of each device is refused with what it needs and what is usable."""
+    nearly_nothing = live({"cpu": just_enough(RUNTIME_BYTES["cpu"] + MIB), "cuda:0": just_enough(RUNTIME_BYTES["cuda"] + MIB)})
+    found = placed(worker=capabilities(cpu(), cuda()), free=nearly_nothing, tokens=10)
     assert isinstance(found, Unplaceable)
-    assert [(tier.device_id, tier.tier, tier.free_bytes) for tier in found.refused] == [
-        ("cuda:0", "KV cache in files", 1800),
-        ("cuda:0", "all on device", 1800),
-        ("cpu", "KV cache in files", 900),
-        ("cpu", "all on device", 900),
-    ]
+    usable = {"cuda:0": MIB, "cpu": MIB}
+    tiers = [Tier.KV_IN_FILES, Tier.ALL_ON_DEVICE, Tier.LAYERS_IN_HOST, Tier.LAYERS_FROM_DISK]
+    there = [("cuda:0", tier) for tier in tiers] + [("cpu", tier) for tier in tiers if tier is not Tier.LAYERS_IN_HOST]
+    assert [(tier.device_id, tier.tier) for tier in found.refused] == there
     for tier in found.refused:
+        assert tier.free_bytes == pytest.approx(usable[tier.device_id], abs=1)
         assert tier.needed_bytes > 4_000_000
-        assert f"{tier.needed_bytes:,} bytes needed for one row of 10 tokens" in tier.reason
+        assert tier.estimate is not None
         assert tier.reason in found.reason
+        if tier.tier in tiers[:2]:
+            assert tier.short_of == "memory"
+            assert f"{tier.needed_bytes:,} bytes needed for one row of 10 tokens, {tier.free_bytes:,} usable" in tier.reason
+    reasons = {tier.reason for tier in found.refused if tier.short_of is None}
+    assert reasons == {"cpu-offload: not known to this worker"}
 
 
 def test_a_full_card_leaves_the_plan_to_the_processor() -> None:
@@ -149,25 +150,27 @@ def test_a_demanded_disk_tier_never_gives_way(config: RuntimeConfig) -> None:
     """Where it does not fit, the plan is declined."""
     found = placed(config, free=live(cache_free_bytes=0))
     assert isinstance(found, Unplaceable)
-    assert [tier.tier for tier in found.refused] == ["KV cache in files"]
+    asked, *others = found.refused
+    assert (asked.tier, asked.short_of) == (Tier.KV_IN_FILES, "cache disk")
+    assert all(tier.short_of is None for tier in others)
 
 
 def test_demanded_resident_kv_is_never_spilled() -> None:
     """Too little memory for it declines the plan though the disk is empty."""
-    tight = estimate_memory(profile(), PAGED, rows=1, tokens=2048).device_bytes
-    free = live({"cpu": int(tight / USABLE_FRACTION) + 1})
-    assert isinstance(placed(RuntimeConfig(kv_cache_strategy="resident"), tokens=2048, free=free), Unplaceable)
-    assert isinstance(placed(tokens=2048, free=free), Placement)
+    model = profile(layer_count=16, kv_bytes_per_token=2 * 16 * 1024 * 4)
+    free = live({"cpu": just_enough(needed(model, PAGED, rows=1, tokens=2048))})
+    assert isinstance(placed(RuntimeConfig(kv_cache_strategy="resident"), model=model, tokens=2048, free=free), Unplaceable)
+    assert isinstance(placed(model=model, tokens=2048, free=free), Placement)
 
 
 def test_preferred_resident_kv_spills_where_it_must() -> None:
     """A small model on a roomy host prefers memory; with little of it free the KV cache goes to files."""
-    model = profile(name="m-1B", max_context_tokens=100_000)
+    model = profile(name="m-1B", max_context_tokens=100_000, layer_count=16, kv_bytes_per_token=2 * 16 * 1024 * 4)
     worker = capabilities(host_memory_bytes=64 * GIB)
     roomy = placed(model=model, worker=worker)
     assert isinstance(roomy, Placement)
     assert roomy.kv_cache_strategy is RESIDENT
-    tight = int(estimate_memory(model, PAGED, rows=1, tokens=9000).device_bytes / USABLE_FRACTION) + 1
+    tight = just_enough(needed(model, PAGED, rows=1, tokens=9000))
     spilled = placed(model=model, worker=worker, tokens=9000, free=live({"cpu": tight}))
     assert isinstance(spilled, Placement)
     assert (spilled.kv_cache_strategy, spilled.micro_batch) == (PAGED, 1)
@@ -189,8 +192,7 @@ def test_a_row_is_never_longer_than_the_context() -> None:
 def test_a_few_long_rows_do_not_keep_the_others_away() -> None:
     """Where the longest row does not fit, the placement holds for the longest halving that does, and says what was refused."""
     model = profile(max_context_tokens=None)
-    one_row = estimate_memory(model, RESIDENT, rows=1, tokens=1_000).device_bytes
-    free = live({"cpu": int(one_row / USABLE_FRACTION) + 1}, cache_free_bytes=0)
+    free = live({"cpu": just_enough(needed(model, RESIDENT, rows=1, tokens=1_000))}, cache_free_bytes=0)
     worker = capabilities(cpu())
     assert isinstance(placed(model=model, tokens=16_000, worker=worker, free=free), Unplaceable)
     found = placed(model=model, tokens=16_000, shortest=10, worker=worker, free=free)
@@ -210,3 +212,153 @@ def test_a_generic_plan_keeps_its_kv_cache_resident() -> None:
 def test_a_device_without_a_reading_counts_as_full() -> None:
     """What is free must have been measured."""
     assert isinstance(placed(free=live({"cuda:7": GIB})), Unplaceable)
+
+
+# ---------------------------------------------------------------------------------------- layers that leave the device
+
+LAYERS = 8
+OFFLOADING = dict.fromkeys((PassId.DISK_CACHE, PassId.MLP_CHUNKING, PassId.CPU_OFFLOAD, PassId.GPU_OFFLOAD))
+
+
+def deep(**changes: Any) -> ModelProfile:
+    """A Llama of eight layers of 100 MiB, and 200 MiB besides."""
+    facts = {"layer_count": LAYERS, "weight_bytes": 1000 * MIB, "layer_bytes": (100 * MIB,) * LAYERS}
+    return profile(**(facts | changes))
+
+
+def offloaded(
+    gpu_bytes: int,
+    *,
+    host_bytes: int = 8 * GIB,
+    options: dict[str, Any] | None = None,
+    model: ModelProfile | None = None,
+    rows: int = 1,
+) -> Placement | Unplaceable:
+    """Place `rows` rows on a card with so much usable, after what the runner takes, beside so much usable host memory."""
+    config = RuntimeConfig(kv_cache_strategy="resident", device="cuda", **(options or {}))
+    free = live(
+        {"cuda:0": just_enough(gpu_bytes + RUNTIME_BYTES["cuda"])}, host_free_bytes=just_enough(host_bytes + RUNTIME_BYTES["cpu"])
+    )
+    worker = capabilities(cpu(), cuda(memory_bytes=80 * GIB), passes=OFFLOADING)
+    return placed(config, model=model or deep(), worker=worker, free=free, limit=rows)
+
+
+def working_bytes(rows: int = 1) -> int:
+    """What rows of 100 tokens need beside the layers, on a card."""
+    layout = Layout(device_kind="cuda", mlp_rows=16_384)
+    return estimate_memory(deep(), layout, rows=rows, tokens=100).device_bytes - LAYERS * 100 * MIB
+
+
+@pytest.mark.parametrize("leaving", [3, 4, 5, 6, 7, 8])
+def test_as_many_layers_stay_on_the_card_as_fit(leaving: int) -> None:
+    """Those in the middle go first; beside the ones that stay there is room for two that pass through."""
+    room = (LAYERS - leaving + DEVICE_SLOTS) * 100 * MIB
+    found = offloaded(working_bytes() + room)
+    assert isinstance(found, Placement)
+    assert found.tier is Tier.LAYERS_IN_HOST
+    assert (found.layers_on_device, found.layers_in_host, found.layers_on_disk) == (LAYERS - leaving, leaving, 0)
+    assert found.host_layers == tuple(range((LAYERS - leaving) // 2, (LAYERS - leaving) // 2 + leaving))
+    assert found.estimate.weights == 200 * MIB + room
+    assert found.estimate.host >= leaving * 100 * MIB
+    assert [(tier.tier, tier.short_of) for tier in found.refused] == [
+        (Tier.ALL_ON_DEVICE, "memory"),
+        (Tier.KV_IN_FILES, None),
+    ]
+
+
+def test_a_card_without_room_for_two_layers_is_refused() -> None:
+    """One that computes and one that arrives have to be there."""
+    found = offloaded(working_bytes() + DEVICE_SLOTS * 100 * MIB - 1)
+    assert isinstance(found, Unplaceable)
+    short = [tier for tier in found.refused if tier.short_of == "memory"]
+    assert [tier.tier for tier in short] == [Tier.ALL_ON_DEVICE, Tier.LAYERS_IN_HOST, Tier.LAYERS_FROM_DISK]
+    assert [tier.needed_bytes - tier.free_bytes for tier in short[1:]] == pytest.approx([1, 1], abs=1)
+
+
+def test_what_host_memory_does_not_hold_comes_from_disk() -> None:
+    """Of the layers that leave the card as many as fit are kept in host memory beside the slots for reading."""
+    beside = offloaded(working_bytes() + 4 * 100 * MIB, host_bytes=64 * MIB)
+    assert isinstance(beside, Unplaceable)
+    assert {tier.short_of for tier in beside.refused[2:]} == {"host memory"}
+    small = estimate_memory(deep(), Layout(device_kind="cuda"), rows=1, tokens=100).host
+    found = offloaded(working_bytes() + 4 * 100 * MIB, host_bytes=small + (HOST_SLOTS + 2) * 100 * MIB)
+    assert isinstance(found, Placement)
+    assert found.tier is Tier.LAYERS_FROM_DISK
+    assert (found.layers_on_device, found.layers_in_host, found.layers_on_disk) == (2, 2, 4)
+    assert (found.host_layers, found.disk_layers) == ((1, 2), (3, 4, 5, 6))
+    assert found.estimate.host == small + (HOST_SLOTS + 2) * 100 * MIB
+    assert found.refused[-1].short_of == "host memory"
+
+
+def test_rows_go_before_layers() -> None:
+    """A micro-batch of all rows is worth more than a layer that stays: the layers that leave make room for it."""
+    room = working_bytes(rows=40) + (DEVICE_SLOTS + 1) * 100 * MIB
+    many, one = offloaded(room, rows=40), offloaded(room, rows=1)
+    assert isinstance(many, Placement)
+    assert isinstance(one, Placement)
+    assert (many.micro_batch, many.layers_on_device) == (40, 1)
+    assert (one.micro_batch, one.layers_on_device) == (1, 1)
+    assert working_bytes(rows=40) - working_bytes(rows=1) < 100 * MIB
+
+
+@pytest.mark.parametrize(
+    ("policy", "indices"), [("prefix", (0, 1, 2)), ("suffix", (5, 6, 7)), ("middle-band", (2, 3, 4)), ("auto", (2, 3, 4))]
+)
+def test_layers_that_were_asked_for_leave_exactly(policy: str, indices: tuple[int, ...]) -> None:
+    """The number and the policy decide, though the whole model would fit; other tiers are declined."""
+    found = offloaded(4 * GIB, options={"offload_cpu_layers": 3, "offload_cpu_policy": policy})
+    assert isinstance(found, Placement)
+    assert (found.tier, found.host_layers) == (Tier.LAYERS_IN_HOST, indices)
+    assert {tier.reason for tier in found.refused} == {"layers in host memory were asked for"}
+    tight = offloaded(working_bytes() + 4 * 100 * MIB, options={"offload_cpu_layers": 3, "offload_cpu_policy": policy})
+    assert isinstance(tight, Unplaceable)
+
+
+def test_layers_that_were_pinned_to_the_card_stay_there() -> None:
+    """gpu-offload fills the card from the first layer; the others are in host memory. Enough for all: all on the device."""
+    model = deep(
+        family=NativeFamily.QWEN3_NEXT,
+        architecture="Qwen3NextForCausalLM",
+        model_type="qwen3_next",
+        layer_bytes=(100 * MIB,) * LAYERS,
+    )
+    found = offloaded(4 * GIB, model=model, options={"offload_gpu_layers": 6})
+    assert isinstance(found, Placement)
+    assert (found.tier, found.host_layers, found.layers_on_device) == (Tier.LAYERS_IN_HOST, (6, 7), 6)
+    whole = offloaded(4 * GIB, model=model, options={"offload_gpu_layers": LAYERS})
+    assert isinstance(whole, Placement)
+    assert (whole.tier, whole.layers_on_device) == (Tier.ALL_ON_DEVICE, LAYERS)
+
+
+def test_a_processor_streams_from_disk() -> None:
+    """Where memory does not hold the model, the processor reads the layers that are short, two of them in memory at a time."""
+    layout = Layout(mlp_rows=16_384)
+    working = estimate_memory(deep(), layout, rows=1, tokens=100).device_bytes - LAYERS * 100 * MIB
+    free = live({"cpu": just_enough(working + (DEVICE_SLOTS + 3) * 100 * MIB + RUNTIME_BYTES["cpu"])})
+    config = RuntimeConfig(kv_cache_strategy="resident")
+    found = placed(config, model=deep(), worker=capabilities(passes=OFFLOADING), free=free, limit=1)
+    assert isinstance(found, Placement)
+    assert (found.tier, found.disk_layers, found.host_layers) == (Tier.LAYERS_FROM_DISK, (1, 2, 3, 4, 5), ())
+    unable = placed(config, model=deep(), free=free, limit=1)
+    assert isinstance(unable, Unplaceable)
+    assert unable.refused[-1].reason == "cpu-offload: not known to this worker"
+    untold = placed(config, model=deep(layer_bytes=()), worker=capabilities(passes=OFFLOADING), free=free, limit=1)
+    assert isinstance(untold, Unplaceable)
+    assert untold.refused[-1].reason == "the model's layers cannot be told apart"
+
+
+def test_no_more_rows_than_there_are() -> None:
+    """A plan of three rows gets memory for three."""
+    found = placed(count=3)
+    assert isinstance(found, Placement)
+    assert found.micro_batch == 3
+
+
+@pytest.mark.parametrize("policy", ["auto", "middle-band", "prefix", "suffix"])
+@pytest.mark.parametrize("total", [1, 2, 7, 8])
+def test_more_layers_keep_those_of_fewer(policy: str, total: int) -> None:
+    """Each policy's layers grow by one at a time, from none to all, and never beyond."""
+    bands = [set(offloaded_layers(total, count, policy)) for count in range(total + 2)]
+    assert [len(band) for band in bands] == [*range(total + 1), total]
+    assert all(few <= more for few, more in pairwise(bands))
+    assert bands[-1] == set(range(total))

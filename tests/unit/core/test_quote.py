@@ -182,7 +182,7 @@ def test_whoever_cannot_run_it_says_why_and_gets_nothing() -> None:
 def test_rows_too_long_for_a_worker_are_counted() -> None:
     """One row that no worker holds is told, and does not hide the rest."""
     long = replace(job(), rows=[*job(10).rows, RowSize(prompt_bytes=12_000, max_new_tokens=900)])
-    found = quote(long, [worker("small", free=600_000_000)], [])
+    found = quote(long, [worker("small", free=1_000_000_000)], [])
     (small,) = found.workers
     assert not small.refused
     assert found.unplaceable_rows == small.left_out_rows == 1
