@@ -1,0 +1,205 @@
+"""What does a micro-batch need, part by part? Each part computed by hand for a model whose numbers are easy."""
+
+from dataclasses import replace
+
+import pytest
+
+from ollm_service.core.estimates import (
+    DEVICE_SLOTS,
+    HOST_SLOTS,
+    MOST_TAIL_BYTES,
+    SAMPLER_BYTES,
+    TOKENIZER_BYTES,
+    WORKSPACE_BYTES,
+    Layout,
+    MemoryEstimate,
+    estimate_memory,
+)
+from ollm_service.core.options import KVCacheStrategy
+from ollm_service.core.plan import GenericModelKind
+from ollm_service.core.profile import ModelProfile
+from tests.unit.core.samples import profile
+
+LAYERS, HIDDEN, MIDDLE, WORDS, HEADS, HEAD = 4, 64, 256, 1000, 4, 16
+QUERIES = HEADS * HEAD
+KV = 2 * QUERIES * 4  # what a token leaves in one layer with as many key heads as query heads, in float32
+LAYER = 500_000
+# Float32, so that an element has 4 bytes; no sliding layer, no experts.
+MODEL = profile(
+    weight_bytes=LAYERS * LAYER + 512_000,
+    layer_bytes=(LAYER,) * LAYERS,
+    embedding_bytes=256_000,
+    head_bytes=256_000,
+    hidden_size=HIDDEN,
+    intermediate_size=MIDDLE,
+    vocabulary_size=WORDS,
+    attention_heads=HEADS,
+    attention_width=QUERIES,
+    kv_bytes_per_token=LAYERS * KV,
+    widest_kv_bytes_per_token=KV,
+)
+GREEDY = Layout(is_sampled=False)
+PAGED = replace(GREEDY, kv=KVCacheStrategy.PAGED)
+CUDA = replace(GREEDY, device_kind="cuda")
+
+
+def needs(model: ModelProfile = MODEL, layout: Layout = GREEDY, *, rows: int = 1, prompt: int, answer: int = 1) -> MemoryEstimate:
+    """The estimate of rows that have a prompt and an answer of so many tokens."""
+    return estimate_memory(model, layout, rows=rows, tokens=prompt + answer, prompt_tokens=prompt)
+
+
+def test_the_prompt_of_many_rows() -> None:
+    """3 rows of 100 tokens: their KV in all layers, the feed-forward network of one layer and its rotation, a mask of bytes."""
+    positions = 3 * 100
+    rotation = positions * 2 * HEAD * 4
+    assert needs(rows=3, prompt=100) == MemoryEstimate(
+        weights=LAYERS * LAYER + 512_000,
+        kv=positions * LAYERS * KV,
+        activations=positions * (4 * HIDDEN + 3 * MIDDLE) * 4 + rotation,
+        logits=0,
+        masks=3 * 100 * 100,
+        workspace=WORKSPACE_BYTES["cpu"] + WORDS * TOKENIZER_BYTES,
+        disk=0,
+        host=0,
+    )
+
+
+def test_the_end_of_a_long_answer() -> None:
+    """2 rows that end with 1,001 tokens: all their KV and half of a layer's again, one position's work, their logits."""
+    found = needs(rows=2, prompt=1, answer=1000)
+    assert found.kv == 2 * 1001 * LAYERS * KV + 2 * 1001 * KV // 2
+    assert found.activations == 2 * (4 * HIDDEN + 3 * MIDDLE) * 4
+    assert found.logits == 2 * WORDS * (4 + 1)
+    assert found.masks == 0
+
+
+def test_rows_that_sample_sort_copies() -> None:
+    """Drawing a token sorts float32 copies of the logits: on the CPU beside the model, on CUDA in host memory."""
+    sampled = replace(GREEDY, is_sampled=True)
+    assert needs(layout=sampled, prompt=1, answer=1000).logits == WORDS * (4 + 1 + SAMPLER_BYTES)
+    on_cuda = replace(CUDA, is_sampled=True)
+    assert needs(layout=on_cuda, prompt=1).host - needs(layout=CUDA, prompt=1).host == WORDS * SAMPLER_BYTES
+
+
+def test_an_element_counts_with_the_dtype() -> None:
+    """In bfloat16 a position's work, and what sampling does not touch of its logits, take half."""
+    half = replace(MODEL, dtype="bfloat16")
+    assert needs(half, rows=2, prompt=100).activations * 2 == needs(rows=2, prompt=100).activations
+
+
+def test_grouped_keys_take_their_part() -> None:
+    """One key head for every four query heads keeps a quarter of the KV, and changes nothing else of the prompt's pass."""
+    grouped = replace(MODEL, kv_bytes_per_token=LAYERS * KV // 4, widest_kv_bytes_per_token=KV // 4)
+    many, few = needs(rows=8, prompt=200), needs(grouped, rows=8, prompt=200)
+    assert few.kv * 4 == many.kv
+    assert (few.activations, few.masks, few.weights) == (many.activations, many.masks, many.weights)
+
+
+def test_sliding_layers_keep_their_window() -> None:
+    """An answer far beyond the window grows by the KV of the layers of full attention alone."""
+    sliding = replace(MODEL, kv_bytes_per_token=KV, sliding_kv_bytes_per_token=(LAYERS - 1) * KV, sliding_window=64)
+    short, long = needs(sliding, prompt=10, answer=1000), needs(sliding, prompt=10, answer=2000)
+    assert long.kv - short.kv == 1000 * KV + 1000 * KV // 2
+    # While the prompt's pass lasts, sliding layers hold the whole prompt.
+    assert needs(sliding, rows=8, prompt=500).kv == 8 * 500 * LAYERS * KV
+
+
+def test_a_state_counts_once_a_row() -> None:
+    """Layers without attention keep a state whose size does not depend on the tokens."""
+    hybrid = replace(MODEL, state_bytes_per_row=1_000_000)
+    for tokens in (10, 1000):
+        assert needs(hybrid, rows=5, prompt=tokens).kv - needs(rows=5, prompt=tokens).kv == 5 * 1_000_000
+
+
+def test_layers_of_linear_attention_compute_in_whole_chunks() -> None:
+    """The gated delta rule pads a prompt to chunks of 64 positions: 65 tokens take as much of it as 128."""
+    linear = replace(MODEL, linear_heads=8, linear_head_size=64)
+    one, other = needs(linear, rows=2, prompt=65), needs(linear, rows=2, prompt=128)
+    in_float32 = 2 * 128 * (11 * 8 * 64 + 3 * 64 * 8) * 4
+    for found, positions in ((one, 2 * 65), (other, 2 * 128)):
+        projected = positions * (3 * HIDDEN + 7 * 8 * 64) * 4
+        assert found.activations == in_float32 + projected + positions * 2 * HEAD * 4
+
+
+def test_experts_count_what_a_token_passes() -> None:
+    """Of 8 experts of which a token passes 2, the copies for 2 count, and their width, never that of all 8."""
+    mixture = replace(MODEL, model_type="qwen3_moe", expert_count=8, experts_per_token=2)
+    found = needs(mixture, rows=3, prompt=100)
+    routed = 2 * HIDDEN
+    assert found.activations == 300 * (4 * HIDDEN + max(4 * routed, routed + 4 * MIDDLE)) * 4 + 300 * 2 * HEAD * 4
+    assert needs(replace(mixture, expert_count=64), rows=3, prompt=100) == found
+
+
+def test_models_without_fast_attention_compute_all_scores() -> None:
+    """GPT-OSS computes the scores of all heads, three copies of them; its sliding layers do so, too."""
+    eager = replace(MODEL, model_type="gpt_oss")
+    assert needs(eager, prompt=2000).activations > 3 * HEADS * 2000 * 2000 * 4
+    assert needs(prompt=2000).activations < HEADS * 2000 * 2000 * 4
+
+
+def test_an_encoder_decoder_keeps_its_source() -> None:
+    """The decoder keeps keys and values of its own tokens and of the source, and masks nothing of what it has not yet written."""
+    pair = replace(MODEL, kind=GenericModelKind.SEQ2SEQ_LM, cross_kv_bytes_per_token=LAYERS * KV)
+    assert needs(pair, rows=2, prompt=10, answer=1000).kv == 2 * (1010 * LAYERS * KV) + 2 * 1000 * KV // 2
+
+
+def test_chunks_bound_the_feed_forward_network() -> None:
+    """With mlp-chunking its width counts for a chunk; what the chunks make is as long as the prompt."""
+    chunked = needs(layout=replace(GREEDY, mlp_rows=512), prompt=1000)
+    assert chunked.activations == (1000 * 5 * HIDDEN + 512 * 3 * MIDDLE + 1000 * 2 * HEAD) * 4
+    assert chunked.activations < needs(prompt=1000).activations
+
+
+def test_a_padded_batch_needs_a_mask_and_a_lone_row_none() -> None:
+    """SDPA skips the mask where no row is padded; a lone prompt that fills a window needs that of its sliding layers."""
+    assert needs(prompt=100).masks == 0
+    assert needs(rows=2, prompt=100).masks == 2 * 100 * 100
+    sliding = replace(MODEL, sliding_kv_bytes_per_token=KV, sliding_window=100)
+    assert (needs(sliding, prompt=99).masks, needs(sliding, prompt=100).masks) == (0, 100 * 100)
+
+
+def test_kv_in_files_leaves_one_layer_in_memory() -> None:
+    """What lies in files counts on the disk; in memory three copies of one layer's history and the tails of all layers."""
+    found = needs(layout=PAGED, rows=2, prompt=1, answer=999)
+    assert found.disk == 2 * 1000 * LAYERS * KV
+    assert found.kv == 2 * 3 * 1000 * KV + LAYERS * min(2 * 128 * KV, MOST_TAIL_BYTES)
+    wide = replace(MODEL, kv_bytes_per_token=LAYERS * KV * 1024, widest_kv_bytes_per_token=KV * 1024)
+    kept = needs(wide, PAGED, rows=4, prompt=1, answer=999).kv
+    assert kept == 4 * 3 * 1000 * KV * 1024 + LAYERS * MOST_TAIL_BYTES
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quantized_files_take_a_byte_an_element(dtype: str) -> None:
+    """int8 takes a byte for each element, and two float32 scales a layer and page of 128 tokens."""
+    model = replace(MODEL, dtype=dtype)
+    quantized = replace(GREEDY, kv=KVCacheStrategy.QUANTIZED_COLD_TIER)
+    width = 4 if dtype == "float32" else 2
+    assert needs(model, quantized, rows=3, prompt=129, answer=1).disk == 3 * (130 * LAYERS * KV // width + 2 * 4 * LAYERS * 2)
+
+
+def test_a_ring_bounds_memory_and_disk() -> None:
+    """A ring keeps a window of tokens, however long the row."""
+    ring = replace(GREEDY, kv=KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER, window_tokens=64)
+    long, longer = needs(layout=ring, rows=2, prompt=1, answer=4000), needs(layout=ring, rows=2, prompt=1, answer=8000)
+    assert long.disk == longer.disk == 2 * 64 * LAYERS * KV
+    assert long.kv == longer.kv
+
+
+def test_layers_that_pass_through_take_turns() -> None:
+    """Of layers kept in host memory two at a time are on the device; of those on disk three at a time are in host memory."""
+    tokenizer = WORDS * TOKENIZER_BYTES
+    whole = needs(layout=CUDA, prompt=10)
+    aside = needs(layout=replace(CUDA, host_layers=(1, 2, 3)), prompt=10)
+    assert whole.weights - aside.weights == (3 - DEVICE_SLOTS) * LAYER
+    assert (whole.host, aside.host) == (tokenizer, tokenizer + 3 * LAYER)
+    streamed = needs(layout=replace(CUDA, host_layers=(1,), disk_layers=(2, 3)), prompt=10)
+    assert streamed.weights == aside.weights
+    assert streamed.host == tokenizer + (1 + HOST_SLOTS) * LAYER
+    assert streamed.disk == 0  # weights stream from the model's own folder, not from the cache
+
+
+def test_without_a_known_prompt_all_may_be_prompt() -> None:
+    """The most careful reading, and never less than any division into prompt and answer."""
+    careful = estimate_memory(MODEL, GREEDY, rows=4, tokens=500)
+    assert careful == estimate_memory(MODEL, GREEDY, rows=4, tokens=500, prompt_tokens=500)
+    assert all(careful.device_bytes >= needs(rows=4, prompt=prompt, answer=500 - prompt).device_bytes for prompt in (1, 250, 499))
