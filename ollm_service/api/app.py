@@ -8,7 +8,7 @@ from ollm_service import __version__
 from ollm_service.api.errors import install_error_responses
 from ollm_service.api.middleware import BodyLimit, Doorkeeper, RequestLog, key_hashes
 from ollm_service.api.openapi import describe
-from ollm_service.api.routes import fleet, health, jobs, plans
+from ollm_service.api.routes import fleet, health, jobs, models, plans
 from ollm_service.coordinator.service import Service
 
 
@@ -22,7 +22,7 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
-    for module in (jobs, plans, fleet, health):
+    for module in (jobs, plans, fleet, models, health):
         app.include_router(module.router)
     install_error_responses(app)
     app.openapi = partial(describe, app)  # type: ignore[method-assign]  # FastAPI's documented way to extend its document

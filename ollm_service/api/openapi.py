@@ -7,14 +7,15 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from ollm_service.api.errors import ErrorBody
-from ollm_service.api.requests import AmendRequest, JobRequest, PreviewRequest, RequestBody, RetryRequest
+from ollm_service.api.requests import AmendRequest, JobRequest, PreviewRequest, PullRequest, RequestBody, RetryRequest
 
 _REFERENCE = "#/components/schemas/{model}"
-_BODIES = (AmendRequest, JobRequest, PreviewRequest, RetryRequest)
+_BODIES = (AmendRequest, JobRequest, PreviewRequest, PullRequest, RetryRequest)
 _TAGS = [
     {"name": "jobs", "description": "Submit work, watch it, read its results."},
     {"name": "plans", "description": "See what will run where and why, before, while and after it runs."},
-    {"name": "fleet", "description": "The workers and the models that they have."},
+    {"name": "fleet", "description": "The workers."},
+    {"name": "models", "description": "The models that workers have, and those that they fetch."},
     {"name": "health", "description": "For load balancers and health checks; no key needed."},
 ]
 _MEANINGS = {

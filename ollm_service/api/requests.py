@@ -84,6 +84,15 @@ class RetryRequest(RequestBody):
     idempotency_key: Annotated[str | None, Field(min_length=1, max_length=255)] = None
 
 
+class PullRequest(RequestBody):
+    """Have a worker fetch a model from the hub."""
+
+    model: str = Field(description="Alias, or hub id `org/name[@revision]`.", examples=["llama3-1B-chat"])
+    worker: Annotated[
+        str | None, Field(min_length=1, max_length=255, description="A node's name or a worker's id; unset: any one that may.")
+    ] = None
+
+
 async def raw_body(request: Request) -> bytes:
     """The whole body, read on the event loop; it is parsed in the endpoint's thread. Raises BodyTooLarge while reading."""
     return await request.body()

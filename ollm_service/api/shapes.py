@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from ollm_service.coordinator.fleet import Verdict
 from ollm_service.core.quote import Quote
 from ollm_service.core.wire import to_json
+from ollm_service.store.downloads import DownloadView
 from ollm_service.store.views import AttemptView, EventView, JobView, PlanDetail, PlanView
 
 Item = TypeVar("Item", "PlanBody", "JobBody")
@@ -107,6 +108,27 @@ class PlanDetailBody(PlanBody):
     attempts: list[AttemptBody]
 
 
+class DownloadBody(BaseModel):
+    """A model on its way from the hub to a worker. Sizes in bytes; `bytes_total` is null until the hub has told it."""
+
+    id: str = Field(examples=["dl_019ab0c1d2e37f4a8b5c6d7e8f901234"])
+    object: Literal["download"] = "download"
+    model: str = Field(description="The repository, and its revision where one was asked for.")
+    folder: str = Field(description="The folder of the models root that holds it then.")
+    state: str = Field(examples=["queued", "running", "done", "failed"])
+    target: str | None = Field(description="The node that was asked for; null: any.")
+    node: str | None = Field(description="Who fetches it, or tried last.")
+    worker: str | None
+    attempt: int = Field(description="How often a worker took it.")
+    bytes_done: int
+    bytes_total: int | None
+    commit: str | None = Field(description="What the revision meant when the download began.")
+    reason: str | None = Field(description="Why it failed, or has to be tried again.")
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+
+
 class JobBody(BaseModel):
     """A job, with at most 100 of its plans."""
 
@@ -125,6 +147,9 @@ class JobBody(BaseModel):
     where: str | None
     retry_of: str | None = Field(description="The job whose failed rows these are.")
     quoted: dict[str, Any] | None = Field(description="What its preview said of its time; null without one.")
+    downloads: list[DownloadBody] = Field(
+        [], description="How far the models are that the shown plans wait for, or why they could not be fetched."
+    )
     created_at: str
     finished_at: str | None
     deadline_at: str | None
@@ -253,8 +278,29 @@ def iso_or_none(milliseconds: int | None) -> str | None:
     return None if milliseconds is None else iso(milliseconds)
 
 
-def job_body(job: JobView, plans: Sequence[PlanView]) -> JobBody:
-    """A job with these of its plans."""
+def download_body(download: DownloadView) -> DownloadBody:
+    """A download."""
+    return DownloadBody(
+        id=download.download_id,
+        model=download.reference,
+        folder=download.folder,
+        state=download.state,
+        target=download.target,
+        node=download.node,
+        worker=download.worker_id,
+        attempt=download.attempt,
+        bytes_done=download.bytes_done,
+        bytes_total=download.bytes_total,
+        commit=download.commit_id,
+        reason=download.reason,
+        created_at=iso(download.created_ms),
+        started_at=iso_or_none(download.started_ms),
+        finished_at=iso_or_none(download.finished_ms),
+    )
+
+
+def job_body(job: JobView, plans: Sequence[PlanView], downloads: Sequence[DownloadView] = ()) -> JobBody:
+    """A job with these of its plans, and the downloads that they wait for."""
     return JobBody(
         id=job.job_id,
         state=job.state,
@@ -270,6 +316,7 @@ def job_body(job: JobView, plans: Sequence[PlanView]) -> JobBody:
         where=job.where,
         retry_of=job.retry_of,
         quoted=dict(job.quoted) if job.quoted else None,
+        downloads=[download_body(download) for download in downloads],
         created_at=iso(job.created_ms),
         finished_at=iso_or_none(job.finished_ms),
         deadline_at=iso_or_none(job.deadline_ms),

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ollm_service import __version__
-from ollm_service.cli import amend, doctor, explain, fleet, jobs, plans, preview, service
+from ollm_service.cli import amend, doctor, explain, fleet, jobs, models, plans, preview, service
 from ollm_service.cli.output import exit_code, report, say
 from ollm_service.core.errors import OllmError
 
@@ -40,10 +40,10 @@ for name, panel, verb in (
     ("plan", PLANS, plans.show_plan),
     ("explain", PLANS, explain.explain),
     ("workers", FLEET, fleet.workers),
-    ("models", FLEET, fleet.models),
     ("drain", FLEET, fleet.drain),
 ):
     app.command(name, rich_help_panel=panel)(verb)
+app.add_typer(models.models, name="models", rich_help_panel=FLEET)
 app.add_typer(service.database, name="db", rich_help_panel=HERE)
 
 

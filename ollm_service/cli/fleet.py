@@ -1,6 +1,6 @@
-"""Which commands look at the machines: workers, models, and taking a node out of service?"""
+"""Which commands look at the machines, and take a node out of service?"""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -36,28 +36,6 @@ def workers(as_json: AsJson = False) -> None:
     )
 
 
-def models(as_json: AsJson = False) -> None:
-    """List the models that a job may name, and those that are refused with the reason."""
-    with Client() as client:
-        found = client.models()
-    if as_json:
-        print_json_lines(model.raw for model in found)
-        return
-    print_table(
-        ("MODEL", "ARCHITECTURE", "SIZE", "ON", "REMARK"),
-        [
-            (
-                model.id,
-                model.raw.get("architecture"),
-                bytes_in_words(model.raw.get("weight_bytes")),
-                ", ".join(model.raw.get("nodes") or ()),
-                _remark(model.raw),
-            )
-            for model in found
-        ],
-    )
-
-
 def drain(
     node: Annotated[str, typer.Argument(metavar="NODE", help="A node's name or a worker's id.", show_default=False)],
     as_json: AsJson = False,
@@ -79,9 +57,3 @@ def _name_of(digest: str | None, worker: Worker) -> str | None:
 def _devices(worker: Worker) -> str:
     devices = worker.capabilities.get("devices", ())
     return ", ".join(f"{device['device_id']} ({bytes_in_words(device['memory_bytes'])})" for device in devices)
-
-
-def _remark(model: Any) -> str:
-    if model.get("unsafe_because"):
-        return f"refused: {model['unsafe_because']}"
-    return "" if model.get("nodes") else f"no worker has it yet ({model.get('repo_id')})"

@@ -10,6 +10,7 @@ import typer
 
 from ollm_service.cli import previewed_files
 from ollm_service.cli.input_rows import read_rows
+from ollm_service.cli.models import in_words
 from ollm_service.cli.options import Choices, seconds_in, takes_choices
 from ollm_service.cli.output import (
     FAILED,
@@ -144,6 +145,7 @@ def show_job(job_id: JobId, as_json: AsJson = False) -> None:
             "tokens": f"{usage.get('prompt_tokens', 0):,} read, {usage.get('completion_tokens', 0):,} written",
             "plans": job.plans_total,
             "waits for": ", ".join(sorted({plan.condition for plan in job.plans if plan.condition})),
+            "downloads": "; ".join(in_words(download) for download in raw.get("downloads") or ()),
             "why so": first.reason if first else None,
             "retry of": raw.get("retry_of"),
             "quoted": quoted_in_words(raw.get("quoted")),

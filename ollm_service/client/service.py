@@ -7,6 +7,7 @@ from typing import Any, Self
 from urllib.parse import quote
 
 from ollm_service.client.jobs import Job
+from ollm_service.client.models import Download, Pull
 from ollm_service.client.rows import rows_to_send
 from ollm_service.client.transport import Transport
 from ollm_service.client.views import JobStatus, Model, Plan, Preview, Worker
@@ -164,6 +165,26 @@ class Client:
     def models(self) -> list[Model]:
         """Every model that a job may name."""
         return [Model.from_raw(raw) for raw in self._pages("/v1/models")]
+
+    def model(self, name: str) -> Model:
+        """One model by anything that a job may call it, with each digest of that name. Raises NotFound, InvalidReference."""
+        return Model.from_raw(self._transport.get(f"/v1/models/{_in_path(name)}"))
+
+    def pull(self, model: str, worker: str | None = None) -> Pull:
+        """Have a worker fetch a model from the hub: this one, or any one that its operator allows it. Asking twice is harmless.
+
+        Raises InvalidReference for what is not on the hub, NotFound for the worker, Conflict where nobody may fetch it.
+        """
+        body = {"model": model} if worker is None else {"model": model, "worker": worker}
+        return Pull.from_raw(self._transport.post("/v1/models/pull", body))
+
+    def download(self, download_id: str) -> Download:
+        """How far a download is. Raises NotFound."""
+        return Download.from_raw(self._transport.get(f"/v1/downloads/{_in_path(download_id)}"))
+
+    def downloads(self) -> list[Download]:
+        """Downloads of the last week, the newest first."""
+        return [Download.from_raw(raw) for raw in self._pages("/v1/downloads")]
 
     def drain(self, node: str) -> Mapping[str, Any]:
         """Ask a node's workers to finish what they do and take nothing new. Raises NotFound."""

@@ -38,8 +38,10 @@ class Draft:
 
     @property
     def condition(self) -> str | None:
-        """Why nobody can take it, None where somebody can."""
-        return absence(self.requirements) if self.requirements and not self.capable_workers else None
+        """Why nobody can take it, None where somebody can. Who may fetch its model has to do that first."""
+        if self.requirements is None or (self.requirements.download is None and self.capable_workers):
+            return None
+        return absence(self.requirements)
 
     def demand_executable(self) -> Requirements:
         """What the plan needs. Raises PlanNotExecutable with the plan's reason."""

@@ -203,6 +203,6 @@ def _store(service: Service, job: NewJob, drafted: Draft) -> Submitted:
 
 def _hint(service: Service, plans: int, drafted: Draft) -> None:
     """Wake as many capable workers as there are plans. Who of them is busy is not asked: their hints expire."""
-    if drafted.class_id is not None:
+    if drafted.class_id is not None and drafted.condition is None:
         slots = sum(worker.capabilities.slots for worker in drafted.capable_workers)
         service.hints.send(drafted.class_id, min(slots, plans))

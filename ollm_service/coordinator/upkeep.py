@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from ollm_service.coordinator.models import want_downloads
 from ollm_service.coordinator.replanning import replan_stale
 from ollm_service.coordinator.service import Service
 from ollm_service.coordinator.waiting import tend_backlog
@@ -94,7 +95,7 @@ class Upkeep:
 
 
 def reap(service: Service) -> int:
-    """Take every plan back whose lease has run out; how many. Raises DatabaseUnavailable."""
+    """Take every plan and every download back whose lease has run out; how many plans. Raises DatabaseUnavailable."""
     total = 0
     while not service.stopping.is_set():
         reaped = service.store.leases.reap(ENDED_AT_ONCE)
@@ -103,11 +104,15 @@ def reap(service: Service) -> int:
             break
     if total:
         _log.info("plans-reaped", extra={"plans": total})
+    downloads = service.store.downloads.reap(ENDED_AT_ONCE)
+    if downloads:
+        _log.info("downloads-reaped", extra={"downloads": downloads})
     return total
 
 
 def sweep(service: Service) -> None:
-    """End what is past its deadline, plan anew what waits for an older fleet, say why plans wait, hint again, forget what is old.
+    """End what is past its deadline, plan anew what waits for an older fleet, ask for models that nobody has, say why plans wait,
+    hint again, forget what is old.
 
     Raises DatabaseUnavailable.
     """
@@ -115,6 +120,9 @@ def sweep(service: Service) -> None:
         pass  # there are more
     fleet = service.fleet.fresh()
     replan_stale(service, fleet)
-    tend_backlog(service, fleet, service.store.fleet.backlog())
+    backlog = service.store.fleet.backlog()
+    want_downloads(service, fleet, backlog)
+    tend_backlog(service, fleet, backlog)
     service.store.fleet.forget_gone(REMEMBER_MS)
     service.store.quotes.forget_previews(REMEMBER_MS)
+    service.store.downloads.forget(REMEMBER_MS)

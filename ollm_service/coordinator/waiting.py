@@ -17,6 +17,9 @@ def tend_backlog(service: Service, fleet: Snapshot, backlog: Sequence[ClassBackl
             if service.store.jobs.refresh_conditions(waiting.class_id, ()):
                 _log.warning("class-unreadable", extra={"class_id": waiting.class_id})
             continue
+        if waiting.requirements.download is not None:  # who may fetch it cannot run it before it is planned again
+            service.store.jobs.refresh_conditions(waiting.class_id, (), absent=absence(waiting.requirements))
+            continue
         able = capable(waiting.requirements, fleet.workers)
         nodes = {worker.node for worker in able}
         service.store.jobs.refresh_conditions(waiting.class_id, nodes, absent=absence(waiting.requirements))

@@ -1,11 +1,9 @@
 """How does the fleet look over HTTP, and how is a node drained?"""
 
-from dataclasses import replace
-
 from starlette.testclient import TestClient
 
 from ollm_service.coordinator.service import Service
-from tests.store.samples import PROFILE, new_worker
+from tests.store.samples import new_worker
 
 
 def test_a_worker_shows_what_it_offers_and_has_free(http: TestClient, worker_id: str) -> None:
@@ -34,21 +32,6 @@ def test_a_node_is_drained_by_name_or_worker_id(http: TestClient, service: Servi
     assert len(http.get("/v1/workers", params={"gone": True}).json()["data"]) == 2
     missing = http.post("/v1/workers/nowhere/drain")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
-
-
-def test_models_are_listed_with_who_has_them_and_why_some_are_refused(http: TestClient, service: Service) -> None:
-    """One entry a name and digest, refused folders with their reason, then the aliases that nobody has."""
-    spoilt = replace(PROFILE, name="spoilt", digest="e" * 64, unsafe_because="its weights are pickled")
-    alias = replace(PROFILE, name="llama3-1B-chat", digest="f" * 64)
-    new_worker(service.store, "attic", models=(PROFILE, spoilt))
-    new_worker(service.store, "cellar", models=(PROFILE, alias))
-    models = {model["id"]: model for model in http.get("/v1/models").json()["data"]}
-    assert (models["tiny"]["usable"], models["tiny"]["nodes"]) == (True, ["attic", "cellar"])
-    assert (models["spoilt"]["usable"], models["spoilt"]["unsafe_because"]) == (False, "its weights are pickled")
-    assert models["llama3-1B-chat"]["nodes"] == ["cellar"]
-    assert (models["llama3-8B-chat"]["nodes"], models["llama3-8B-chat"]["owned_by"]) == ([], "catalog")
-    assert http.get("/v1/models/tiny").json() == models["tiny"]
-    assert http.get("/v1/models/org%2Fname").status_code == 404
 
 
 def test_readiness_names_database_and_broker(http: TestClient) -> None:

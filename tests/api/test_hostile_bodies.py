@@ -61,8 +61,10 @@ def test_every_body_is_accepted_or_refused(database_url: str, tmp_path: Path) ->
 
     hold()
     for name in ("%00", "%ed%a0%80", "%ff", "a" * 3000, "..%2f..", "'%20or%201=1", "%F0%9F%98%80"):
-        for asked in (f"/v1/jobs/{name}", f"/v1/jobs/{name}/results", f"/v1/plans/{name}", f"/v1/models/{name}"):
+        for asked in (f"/v1/jobs/{name}", f"/v1/jobs/{name}/results", f"/v1/plans/{name}", f"/v1/downloads/{name}"):
             assert http.get(asked).json()["error"]["code"] == "not_found", asked
+        model = http.get(f"/v1/models/{name}")
+        assert (model.status_code, model.json()["error"]["code"]) in ((404, "model_not_found"), (400, "invalid_model_reference"))
         assert http.post(f"/v1/workers/{name}/drain").json()["error"]["code"] == "not_found"
         assert http.get(f"/v1/jobs?after={name}").json()["error"]["code"] == "not_found"
     service.close()

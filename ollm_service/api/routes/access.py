@@ -30,6 +30,7 @@ ServiceHere = Annotated[Service, Depends(service_of)]
 RawBody = Annotated[bytes, Depends(raw_body)]
 JobId = Annotated[str, AfterValidator(_possible), Path(description="`job_…`")]
 PlanId = Annotated[str, AfterValidator(_possible), Path(description="`plan_…`")]
+DownloadId = Annotated[str, AfterValidator(_possible), Path(description="`dl_…`")]
 Node = Annotated[str, AfterValidator(_possible), Path(description="A node's name, or a worker's id.")]
 InJob = Annotated[
     str | None, AfterValidator(lambda name: name and _possible(name)), Query(alias="job", description="Only of this job.")

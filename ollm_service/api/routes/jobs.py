@@ -12,8 +12,10 @@ from ollm_service.api.routes.access import After, JobId, Limit, RawBody, Service
 from ollm_service.api.shapes import PLANS_SHOWN, AmendedJobBody, JobBody, JobPage, PlanPage, job_body, plan_body
 from ollm_service.coordinator.amending import Change, amend
 from ollm_service.coordinator.explaining import explain_job
+from ollm_service.coordinator.models import waiting_downloads
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
 from ollm_service.coordinator.submission import Submission, Submitted, retry, submit
+from ollm_service.core.lifecycle import ExecutionState
 from ollm_service.store.views import JobView
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -151,4 +153,5 @@ def _answer(service: Service, submitted: Submitted, response: Response) -> JobBo
 
 def _with_plans(service: Service, job: JobView, most: int) -> JobBody:
     plans = service.store.jobs.plans(job.job_id, job.tenant_id, limit=most) if most else ()
-    return job_body(job, plans)
+    absent = {plan.requirements.download for plan in plans if plan.state is ExecutionState.QUEUED}
+    return job_body(job, plans, waiting_downloads(service, [name for name in absent if name is not None]))
