@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any, TypeGuard
 
 from ollm_service.core.architectures import NATIVE_ARCHITECTURES
+from ollm_service.core.errors import printable
 from ollm_service.core.model_config import ModelConfig
 from ollm_service.core.plan import GenericModelKind, ModelModality
 from ollm_service.core.profile import ModelProfile
@@ -19,6 +20,7 @@ from ollm_service.core.weights import weigh
 
 LENGTH_BYTES = 8
 LONGEST_HEADER = 16 * 1024**2
+LOADED_QUANTIZATION = "mxfp4"
 _MOST_DIMENSIONS = 16
 _SPEECH_KEYS = ("num_mel_bins", "input_feat_per_channel")
 
@@ -95,12 +97,19 @@ def profile_of(
 ) -> ModelProfile:
     """The profile of a sound model folder. `has_processor`: it has a processor's or a preprocessor's configuration.
 
-    Raises BrokenCheckpoint where only code that comes with the model could load it.
+    Raises BrokenCheckpoint where only code that comes with the model could load it, and for weights that were quantized in a way
+    that runners do not load: how much memory they would take is not known then, either.
     """
     facts = ModelConfig.read(config)
     architecture = facts.architecture
     if config.get("auto_map") and architecture not in NATIVE_ARCHITECTURES:
         raise BrokenCheckpoint(f"it needs remote code: transformers has no {architecture or 'such architecture'} of its own")
+    is_quantized = facts.whole.get("quantization_config") or facts.text.get("quantization_config")
+    if is_quantized and facts.quantization != LOADED_QUANTIZATION:
+        how = printable(facts.quantization or "in a way that has no name")
+        raise BrokenCheckpoint(
+            f"its weights are quantized ({how}), which this version does not load; take plain weights, or {LOADED_QUANTIZATION}"
+        )
     kind, modalities = _kind_and_modalities(config, architecture, has_processor=has_processor)
     dtype = facts.dtype(tensors)
     weights = weigh(tensors, facts, dtype)

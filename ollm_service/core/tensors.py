@@ -15,7 +15,7 @@ BITS: Mapping[str, int] = MappingProxyType(
         **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
     }
 )
-# The element types that are cast to the model's own when it is loaded.
+# The element types that a model's own can be; they are cast to that when it is loaded, and so are floats of one byte.
 FLOATS: Mapping[str, str] = MappingProxyType({"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"})
 ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2})
 
@@ -39,7 +39,8 @@ class Tensor:
         return len(self.shape) == 2 and (self.dtype in FLOATS or self.dtype.startswith("F8"))
 
     def loaded_bytes(self, dtype: str | None) -> int:
-        """Its size in memory: floating-point weights are cast to the model's dtype, packed and quantized ones stay."""
-        cast = ELEMENT_BYTES.get(dtype or "") if self.dtype in FLOATS else None
+        """Its size in memory: floating-point weights are cast to the model's dtype, whole numbers and packed ones stay."""
+        is_float = self.dtype in FLOATS or self.dtype.startswith("F8")
+        cast = ELEMENT_BYTES.get(dtype or "") if is_float else None
         bits = 8 * cast if cast else BITS[self.dtype]
         return -(-self.element_count * bits // 8)

@@ -241,6 +241,17 @@ def test_packed_experts_weigh_what_they_unpack_to(tmp_path: Path) -> None:
     assert profile.expert_bytes == 4 * 4 * (3 * 32 * 32 + 2 * 32 + 32) * 2
 
 
+def test_weights_of_one_byte_are_loaded_in_the_models_dtype(tmp_path: Path) -> None:
+    """A file may hold plain numbers in float8: transformers casts them like any others."""
+    model = save("llama", tmp_path / "small")
+    tensors = load_file(tmp_path / "small" / "model.safetensors")
+    small = {name: tensor.to(torch.float8_e4m3fn) if "proj" in name else tensor for name, tensor in tensors.items()}
+    save_file(small, tmp_path / "small" / "model.safetensors", metadata={"format": "pt"})
+    (profile,) = inspect_models(tmp_path, DigestCache())
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto")
+    assert profile.weight_bytes == loaded_bytes(loaded) == loaded_bytes(model)
+
+
 # ---------------------------------------------------------------------------------------- plans
 
 LLAMAS = "disk-cache,cpu-offload,mlp-chunking"
