@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Annotated
 
 import typer
@@ -15,9 +16,11 @@ from ollm_service.cli.output import (
     print_table,
     say,
 )
-from ollm_service.client import Client, Plan
+from ollm_service.client import Attempt, Client, Plan
+from ollm_service.core.estimates import MemoryEstimate
 from ollm_service.core.lifecycle import ExecutionState
 from ollm_service.core.plan import RuntimePlan
+from ollm_service.core.wire import from_json
 
 NEWEST = 20
 
@@ -79,6 +82,7 @@ def show_plan(plan_id: PlanId, as_json: AsJson = False) -> None:
                 f"try {attempt.number}": f"{attempt.outcome} on {attempt.node}",
                 "placement": ", ".join(str(placement[name]) for name in ("tier", "device_id") if name in placement),
                 "micro-batch": placement.get("micro_batch"),
+                "memory": memory_in_words(attempt),
                 "estimated": _in_words(attempt.estimate),
                 "measured": _in_words(attempt.measured),
             }
@@ -113,6 +117,17 @@ def _print_history(plan: Plan) -> None:
     )
 
 
+def memory_in_words(attempt: Attempt) -> str:
+    """What its device was expected to hold beside the most that it held: `9.0 GiB estimated, 8.7 GiB at the most`."""
+    said = []
+    if attempt.estimate:
+        said.append(f"{bytes_in_words(from_json(MemoryEstimate, attempt.estimate).device_bytes)} estimated")
+    peak = attempt.measured.get("peak_device_bytes")
+    if isinstance(peak, int | float):
+        said.append(f"{bytes_in_words(peak)} at the most")
+    return ", ".join(said)
+
+
 def _in_words(figures: Mapping[str, object]) -> str:
     """Numbers with their names; those that are bytes as such."""
     words = []
@@ -122,4 +137,4 @@ def _in_words(figures: Mapping[str, object]) -> str:
     return ", ".join(words)
 
 
-_BYTES = frozenset({"weights", "kv", "activations", "logits", "workspace", "disk"})
+_BYTES = frozenset(field.name for field in fields(MemoryEstimate))
