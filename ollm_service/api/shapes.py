@@ -216,6 +216,17 @@ class WorkerQuoteBody(BaseModel):
     rows_an_hour: float
     share: float
     left_out_rows: int
+    longest_row_tokens: int | None = Field(description="Rows of more tokens have no room here; null where all have.")
+    begins_seconds: float | None = Field(description="When it takes its first plan of this job; null where it takes none.")
+    saves_seconds: float | None = Field(description="So much later the job would end without it; negative: sooner.")
+
+
+class LeaveOutBody(BaseModel):
+    """Without these nodes the job would end sooner, in so many seconds; `where` is the label expression that leaves them out."""
+
+    nodes: list[str]
+    where: str
+    seconds: float
 
 
 class QuoteBody(BaseModel):
@@ -230,6 +241,9 @@ class QuoteBody(BaseModel):
     slowest_seconds: float | None
     is_measured: bool
     unplaceable_rows: int
+    plans_ahead: int = Field(description="Plans of other jobs that come first, and are counted in.")
+    plans_not_counted: int = Field(description="Plans of other jobs that may come first, for how long nobody knows.")
+    leave_out: LeaveOutBody | None
     workers: list[WorkerQuoteBody]
 
 

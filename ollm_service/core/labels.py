@@ -12,7 +12,7 @@ unknown as a whole never matches.
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -116,6 +116,22 @@ def _operands(expression: Expression) -> tuple[Expression, ...]:
 def satisfies(text: str | None, attributes: Attributes) -> bool:
     """Whether the attributes satisfy the expression for certain; no expression is always satisfied."""
     return text is None or parse_expression(text).evaluate(attributes) is True
+
+
+def leaving_out(where: str | None, name: str, values: Iterable[str]) -> str | None:
+    """An expression that holds where the given one does and the attribute has none of these texts.
+
+    None where it cannot be said: a text with both kinds of quotes, or more than an expression may hold.
+    """
+    terms = [] if where is None else [f"({where})"]
+    for value in values:
+        quote = '"' if '"' not in value else "'"
+        terms.append(f"{name} != {quote}{value}{quote}")
+    text = " and ".join(terms)
+    try:
+        return text if names_in(text) else None
+    except InvalidExpression:
+        return None
 
 
 class _Parser:

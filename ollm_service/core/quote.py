@@ -1,73 +1,50 @@
-"""When would a job be done, and by whom? Every worker's placement and rate, and the plans dealt out as workers take them."""
+"""When would a job be done, and by whom? Every worker's placement and rate, and the plans dealt out as workers take them.
 
-import heapq
-from collections.abc import Sequence
+- Plans of other jobs that come first are dealt out before, in the same way, where a worker's speed with them is known.
+- Dispatch lets every eligible worker take a plan, so that a slow one may take the last and hold up the end. Where the job would
+  end noticeably sooner without some workers, that is said, and the label expression that leaves them out.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from ollm_service.core.capabilities import Capabilities, Device, LiveState
-from ollm_service.core.matching import NoMatch, match
-from ollm_service.core.options import RuntimeConfig
-from ollm_service.core.placement import Placement, RowBounds, Unplaceable, place
-from ollm_service.core.plan import RuntimePlan
-from ollm_service.core.profile import ModelProfile
-from ollm_service.core.rates import MeasuredAttempt, Rate, measured_rate, output_share, probed_rate, tokens_per_byte
-from ollm_service.core.requirements import Requirements
+from ollm_service.core.dealing import Dealt, deal
+from ollm_service.core.labels import leaving_out
+from ollm_service.core.rates import MeasuredAttempt
+from ollm_service.core.worker_quote import Candidate, Job, Part, RowSize, WorkerQuote, part_of
+
+__all__ = ["Ahead", "Candidate", "Job", "LeaveOut", "Quote", "RowSize", "WorkerQuote", "quote"]
 
 HOUR = 3600.0
-# What nobody has measured: rows rarely use all the tokens that they are allowed.
-USUAL_OUTPUT_SHARE = (0.25, 1.0)
-MOST_PLANS_DEALT = 4_096  # more are dealt out in equal heaps
+# What is worth telling: a job that ends so much sooner, in seconds and as a part of the whole.
+NOTICEABLE_SECONDS, NOTICEABLE_PART = 300.0, 0.05
+MOST_LEFT_OUT = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowSize:
-    """One row: the bytes of its prompt and the most tokens that it may answer."""
+class Ahead:
+    """Plans of other jobs that ask for the same and come before this job's: how many, with how many rows in all.
 
-    prompt_bytes: int
-    max_new_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A worker that might take part; `is_hypothetical` where it is only asked `what if`."""
-
-    name: str
-    capabilities: Capabilities
-    live: LiveState
-    is_hypothetical: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What is to be quoted: an executable plan, what it needs, and its rows in plans of at most `rows_per_plan`."""
-
-    plan: RuntimePlan
-    profile: ModelProfile
-    config: RuntimeConfig
-    requirements: Requirements
-    rows: Sequence[RowSize]
-    rows_per_plan: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerQuote:
-    """One worker's part.
-
-    `refused` says why it cannot take part, and is empty where it can; then `placement` is how it would run and `rate` how fast,
-    None where its speed is not known. `rows_an_hour` and `share` (of the rows, 0 to 1) are expectations. `left_out_rows` are too
-    long for it.
+    `job` holds a sample of their rows, `attempts` those that ran their model. Of the plans, `held_rows` are the rows that each
+    candidate, in their order, holds already; `queued_rows` are those that nobody has begun.
     """
 
-    name: str
-    is_hypothetical: bool
-    refused: tuple[str, ...] = ()
-    placement: Placement | None = None
-    device: Device | None = None
-    free_bytes: int = 0
-    rate: Rate | None = None
-    rows_an_hour: float = 0.0
-    share: float = 0.0
-    left_out_rows: int = 0
+    job: Job
+    attempts: Sequence[MeasuredAttempt]
+    plans: int
+    queued_rows: int
+    held_rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaveOut:
+    """The job would end sooner, in so many seconds, without these nodes: with the label expression `where`."""
+
+    nodes: tuple[str, ...]
+    where: str
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +52,8 @@ class Quote:
     """The whole. Tokens are estimates, of the output at most. Seconds from now to the last row: expected, and a range.
 
     They are None where no worker can run the job or none of their speeds is known. `is_measured` where every worker that takes
-    part has run this model before in that tier. `unplaceable_rows` fit no worker.
+    part has run this model before in that tier. `unplaceable_rows` fit no worker. `plans_ahead` of other jobs come first and are
+    counted in; `plans_not_counted` may, but how long they take is not known.
     """
 
     row_count: int
@@ -88,38 +66,33 @@ class Quote:
     is_measured: bool = False
     unplaceable_rows: int = 0
     longest_row_tokens: int = 0
+    plans_ahead: int = 0
+    plans_not_counted: int = 0
+    leave_out: LeaveOut | None = None
 
 
-def quote(job: Job, candidates: Sequence[Candidate], attempts: Sequence[MeasuredAttempt]) -> Quote:
-    """Quote a job. `attempts` are those that have run the same model, anywhere."""
-    ratio, share = tokens_per_byte(attempts, job.profile), output_share(attempts)
-    sizes = [(_prompt_tokens(row, ratio), row.max_new_tokens) for row in job.rows]
-    prompt_tokens, most_output = sum(size[0] for size in sizes), sum(size[1] for size in sizes)
-    lengths = sorted(prompt + output for prompt, output in sizes)
-    shares = (share, share) if share is not None else USUAL_OUTPUT_SHARE
-    work = _Work(
-        job=job,
-        lengths=lengths,
-        longest_prompt=max((size[0] for size in sizes), default=1),
-        prompt_tokens=prompt_tokens,
-        output_tokens=most_output,
-        shares=shares,
-    )
-    quotes = [_worker_quote(work, candidate, attempts) for candidate in candidates]
-    expected, slow, fast = (_deal(work, quotes, luck) for luck in (None, False, True))
-    told = tuple(_with_share(work, found, dealt) for found, dealt in zip(quotes, expected[1], strict=True))
-    able = [found for found in told if found.share > 0]
+def quote(job: Job, candidates: Sequence[Candidate], attempts: Sequence[MeasuredAttempt], ahead: Sequence[Ahead] = ()) -> Quote:
+    """Quote a job. `attempts` are those that have run the same model, anywhere; `ahead` stands in the order of the queue."""
+    own = part_of(job, candidates, attempts)
+    before = [(found, part_of(found.job, candidates, found.attempts)) for found in ahead]
+    scene = _Scene(candidates=candidates, own=own, before=[(found, part) for found, part in before if part.is_known])
+    in_the_way = [(found.plans, part.is_known) for found, part in before if _is_in_the_way(found, part, own)]
+    expected, slow, fast = (scene.deal(luck) for luck in (None, False, True))
+    able = [part.quotes[number] for part in scene.parts for number, rows in enumerate(expected.rows) if rows and part.can(number)]
     return Quote(
-        row_count=len(sizes),
-        prompt_tokens=prompt_tokens,
-        most_output_tokens=most_output,
-        workers=told,
-        seconds=expected[0],
-        fastest_seconds=_least(fast[0], expected[0]),
-        slowest_seconds=_most(slow[0], expected[0]),
+        row_count=own.work.row_count,
+        prompt_tokens=own.work.prompt_tokens,
+        most_output_tokens=own.work.output_tokens,
+        workers=tuple(_told(scene, number, expected) for number in range(len(candidates))),
+        seconds=expected.seconds,
+        fastest_seconds=_least(fast.seconds, expected.seconds),
+        slowest_seconds=_most(slow.seconds, expected.seconds),
         is_measured=bool(able) and all(found.rate is not None and found.rate.attempts > 0 for found in able),
-        unplaceable_rows=min((found.left_out_rows for found in told if not found.refused), default=len(sizes)),
-        longest_row_tokens=lengths[-1] if lengths else 0,
+        unplaceable_rows=scene.unplaceable_rows(()),
+        longest_row_tokens=own.work.longest if own.work.row_count else 0,
+        plans_ahead=sum(plans for plans, is_known in in_the_way if is_known),
+        plans_not_counted=sum(plans for plans, is_known in in_the_way if not is_known),
+        leave_out=_leave_out(scene, expected),
     )
 
 
@@ -132,100 +105,96 @@ def _most(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else max(one, other)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
-    """The rows in figures: lengths in ascending order with all of their output, and the part of that which is really made."""
+def _is_in_the_way(found: Ahead, theirs: Part, own: Part) -> bool:
+    """Whether some candidate would do them first: one that can take this job, and holds or can take those, too."""
+    return any(
+        not own.quotes[number].refused and (held or (found.queued_rows and not theirs.quotes[number].refused))
+        for number, held in enumerate(found.held_rows)
+    )
 
-    job: Job
-    lengths: Sequence[int]
-    longest_prompt: int
-    prompt_tokens: int
-    output_tokens: int
-    shares: tuple[float, float]
+
+@dataclass(frozen=True, kw_only=True)
+class _Scene:
+    """Everything that is dealt: the job's own part, and what comes before it."""
+
+    candidates: Sequence[Candidate]
+    own: Part
+    before: Sequence[tuple[Ahead, Part]]
 
     @property
-    def row_count(self) -> int:
-        return len(self.lengths)
+    def parts(self) -> list[Part]:
+        return [part for _, part in self.before] + [self.own]
 
-    def share(self, luck: bool | None) -> float:
-        low, high = self.shares
-        return (low * high) ** 0.5 if luck is None else low if luck else high
+    def deal(self, luck: bool | None = None, left_out: Collection[int] = ()) -> Dealt:
+        """Deal everything out; of the job itself, these candidates take nothing."""
+        piles = [part.pile(found.queued_rows, luck) for found, part in self.before]
+        busy = [
+            sum(found.held_rows[number] * (part.paces(luck)[number] or 0.0) for found, part in self.before)
+            for number in range(len(self.candidates))
+        ]
+        return deal([*piles, self.own.pile(self.own.work.row_count, luck).without(left_out)], busy)
 
+    def unplaceable_rows(self, left_out: Collection[int]) -> int:
+        """Rows that are too long for every candidate but these."""
+        quotes = [found for number, found in enumerate(self.own.quotes) if number not in left_out and not found.refused]
+        return min((found.left_out_rows for found in quotes), default=self.own.work.row_count)
 
-def _prompt_tokens(row: RowSize, ratio: float) -> int:
-    return max(1, round(row.prompt_bytes * ratio))
+    @cached_property
+    def nodes(self) -> dict[str, list[int]]:
+        """The candidates that take part by their nodes, the slowest node first; none where machines are imagined."""
+        found: dict[str, list[int]] = defaultdict(list)
+        if any(candidate.is_hypothetical for candidate in self.candidates):
+            return {}
+        for number, pace in sorted(enumerate(self.own.paces(None)), key=lambda item: -(item[1] or 0.0)):
+            if pace is not None:
+                found[self.candidates[number].capabilities.node].append(number)
+        return found
 
-
-def _worker_quote(work: _Work, candidate: Candidate, attempts: Sequence[MeasuredAttempt]) -> WorkerQuote:
-    job, capabilities = work.job, candidate.capabilities
-    found = match(job.requirements, capabilities)
-    if isinstance(found, NoMatch):
-        return WorkerQuote(name=candidate.name, is_hypothetical=candidate.is_hypothetical, refused=found.reasons)
-    placed = place(
-        job.plan,
-        job.profile,
-        job.config,
-        job.requirements,
-        capabilities,
-        candidate.live,
-        RowBounds(
-            longest=max(work.lengths, default=1),
-            longest_prompt=work.longest_prompt,
-            shortest=min(work.lengths, default=1),
-            count=min(work.row_count, job.rows_per_plan),
-        ),
-    )
-    if isinstance(placed, Unplaceable):
-        return WorkerQuote(name=candidate.name, is_hypothetical=candidate.is_hypothetical, refused=(placed.reason,))
-    device = next(device for device in capabilities.devices if device.device_id == placed.device_id)
-    backend_id = job.plan.backend_id or ""
-    disk_rate = capabilities.cache_disk.read_rate if capabilities.cache_disk else None
-    rate = measured_rate(attempts, device_name=device.name, tier=placed.tier, backend_id=backend_id)
-    longest = placed.longest_row_tokens
-    return WorkerQuote(
-        name=candidate.name,
-        is_hypothetical=candidate.is_hypothetical,
-        placement=placed,
-        device=device,
-        free_bytes=candidate.live.device_free_bytes.get(device.device_id, 0),
-        rate=rate or probed_rate(job.profile, device, rows=placed.micro_batch, disk_rate=disk_rate),
-        left_out_rows=0 if longest is None else sum(length > longest for length in work.lengths),
-    )
+    def seconds_without(self, nodes: Collection[str]) -> float | None:
+        """When the job would end without these nodes; None where some rows could then not be run."""
+        left_out = {number for node in nodes for number in self.nodes[node]}
+        if self.unplaceable_rows(left_out) > self.unplaceable_rows(()):
+            return None
+        return self.deal(left_out=left_out).seconds
 
 
-def _row_seconds(work: _Work, found: WorkerQuote, luck: bool | None) -> float | None:
-    """Seconds that one mean row takes of this worker: its part of a prefill, and of the passes of a micro-batch."""
-    rate, placement = found.rate, found.placement
-    if rate is None or placement is None or not work.row_count:
+def _leave_out(scene: _Scene, expected: Dealt) -> LeaveOut | None:
+    """The fewest slow nodes without which the job would end noticeably sooner."""
+    if not _is_long(expected.seconds):
         return None
-    rows = min(placement.micro_batch, work.job.rows_per_plan, work.row_count)
-    outputs = max(0.0, work.output_tokens / work.row_count * work.share(luck) - 1)
-    prompts = work.prompt_tokens / work.row_count / rate.prefill
-    passes = outputs * rate.pass_seconds_of(rows, is_pessimistic=luck is not True) / rows
-    factor = 1.0 if luck is None else 1 / rate.spread if luck else rate.spread
-    return (prompts + passes) * factor
+    slowest = list(scene.nodes)[:MOST_LEFT_OUT]
+    ends = [(seconds, count) for count in range(1, len(slowest) + 1) if (seconds := scene.seconds_without(slowest[:count]))]
+    if not ends:
+        return None
+    best, count = min(ends)
+    chosen = slowest[:count]
+    for node in slowest[:count]:
+        fewer = [other for other in chosen if other != node]
+        seconds = scene.seconds_without(fewer)
+        if seconds is not None and seconds <= best:
+            chosen, best = fewer, seconds
+    gain = (expected.seconds or 0.0) - best
+    if gain < NOTICEABLE_SECONDS or gain < NOTICEABLE_PART * (expected.seconds or 0.0):
+        return None
+    where = leaving_out(scene.own.work.job.requirements.where, "node", chosen)
+    return None if where is None else LeaveOut(nodes=tuple(chosen), where=where, seconds=best)
 
 
-def _deal(work: _Work, quotes: Sequence[WorkerQuote], luck: bool | None) -> tuple[float | None, list[int]]:
-    """Deal the plans out as workers take them, each the next when it is free; seconds to the end, and the rows of each."""
-    paces = [_row_seconds(work, found, luck) for found in quotes]
-    free = [(found.rate.load_seconds, number) for number, found in enumerate(quotes) if paces[number] and found.rate]
-    dealt = [0] * len(quotes)
-    if not free:
-        return None, dealt
-    heapq.heapify(free)
-    plan_rows = max(work.job.rows_per_plan, -(-work.row_count // MOST_PLANS_DEALT))
-    left, end = work.row_count, 0.0
-    while left > 0:
-        at, number = heapq.heappop(free)
-        rows = min(plan_rows, left)
-        at += rows * (paces[number] or 0.0)
-        dealt[number] += rows
-        left, end = left - rows, max(end, at)
-        heapq.heappush(free, (at, number))
-    return end, dealt
+def _is_long(seconds: float | None) -> bool:
+    return seconds is not None and seconds >= NOTICEABLE_SECONDS
 
 
-def _with_share(work: _Work, found: WorkerQuote, dealt: int) -> WorkerQuote:
-    pace = _row_seconds(work, found, None)
-    return replace(found, rows_an_hour=HOUR / pace if pace else 0.0, share=dealt / work.row_count if work.row_count else 0.0)
+def _told(scene: _Scene, number: int, expected: Dealt) -> WorkerQuote:
+    """A worker's quote with what dealing has shown."""
+    found, pace, row_count = scene.own.quotes[number], scene.own.paces(None)[number], scene.own.work.row_count
+    node, saves = scene.candidates[number].capabilities.node, None
+    if expected.seconds is not None and _is_long(expected.seconds) and node in list(scene.nodes)[:MOST_LEFT_OUT]:
+        without = scene.seconds_without([node]) if expected.rows[number] else None
+        saves = None if without is None else without - expected.seconds
+    return replace(
+        found,
+        rows_an_hour=HOUR / pace if pace else 0.0,
+        share=expected.rows[number] / row_count if row_count else 0.0,
+        begins_seconds=expected.begins[number],
+        saves_seconds=saves,
+    )

@@ -1,11 +1,12 @@
 """When would a job be done, by what was measured or by what devices are capable of?"""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ollm_service.core.capabilities import Capabilities, Device, LiveState
@@ -13,7 +14,7 @@ from ollm_service.core.options import RuntimeConfig
 from ollm_service.core.plan import GenericModelKind, NativeFamily, PassId
 from ollm_service.core.planning import plan
 from ollm_service.core.profile import ModelProfile
-from ollm_service.core.quote import Candidate, Job, Quote, RowSize, quote
+from ollm_service.core.quote import Ahead, Candidate, Job, Quote, RowSize, quote
 from ollm_service.core.rates import MeasuredAttempt, measured_rate, output_share, probed_rate, tokens_per_byte
 from ollm_service.core.requirements import requirements_of
 from ollm_service.core.resolution import HeldModel
@@ -186,6 +187,123 @@ def test_rows_too_long_for_a_worker_are_counted() -> None:
     (small,) = found.workers
     assert not small.refused
     assert found.unplaceable_rows == small.left_out_rows == 1
+
+
+def test_the_longest_row_that_a_worker_holds_is_told() -> None:
+    """It has room there alone, and the next longer row has not; of a worker that holds all nothing is told."""
+    sizes = range(200, 4_000, 100)
+    rows = {size: RowSize(prompt_bytes=4 * (size - 32), max_new_tokens=32) for size in sizes}
+    found = quote(replace(job(), rows=list(rows.values())), [worker("small", free=1_000_000_000), worker("large")], [])
+    small, large = found.workers
+    assert (large.longest_row_tokens, large.left_out_rows, found.unplaceable_rows) == (None, 0, 0)
+    longest = small.longest_row_tokens
+    assert longest is not None
+    assert small.left_out_rows == sum(size > longest for size in sizes) > 0
+    alone = {size: quote(replace(job(), rows=[rows[size]]), [worker("small", free=1_000_000_000)], []) for size in sizes}
+    assert [size for size in sizes if not alone[size].workers[0].refused] == [size for size in sizes if size <= longest]
+
+
+# ---------------------------------------------------------------------------------------- what comes first
+
+
+def ahead(rows: int, *held: int, of: Job | None = None, plans: int = 3, attempts: Sequence[MeasuredAttempt] = ()) -> Ahead:
+    """Plans of other jobs with so many queued rows, and those that each candidate holds."""
+    return Ahead(job=of or job(64), attempts=attempts, plans=plans, queued_rows=rows, held_rows=held)
+
+
+def seconds_of(found: Quote) -> float:
+    """When it is expected to end."""
+    assert found.seconds is not None
+    return found.seconds
+
+
+def test_plans_of_other_jobs_come_first() -> None:
+    """A worker with the same plans queued before needs so much longer; those that it runs already count, too."""
+    alone, queued, held = (
+        quote(job(100), [worker("box")], [MEASURED], before)
+        for before in ((), [ahead(300, 0, attempts=[MEASURED])], [ahead(200, 100, attempts=[MEASURED])])
+    )
+    begins = queued.workers[0].begins_seconds
+    assert (alone.plans_ahead, queued.plans_ahead, held.plans_ahead) == (0, 3, 3)
+    assert alone.workers[0].begins_seconds == 0
+    assert begins is not None
+    assert seconds_of(queued) == pytest.approx(begins + seconds_of(alone))
+    assert begins == pytest.approx(3 + 300 * (seconds_of(alone) - 3) / 100)
+    assert held.workers[0].begins_seconds == pytest.approx(begins), "a model that runs is loaded; another job loads it once"
+    assert queued.is_measured
+    fastest, expected, slowest = span(queued)
+    assert fastest < expected < slowest
+
+
+def test_others_wait_for_the_workers_that_they_can_use() -> None:
+    """What only one worker can take keeps the other free; plans that nobody here can take do not come first."""
+    only_west = replace(job(64), requirements=replace(job().requirements, where='node == "west"'))
+    nowhere = replace(job(64), requirements=replace(job().requirements, where='node == "moon"'))
+    workers = [worker("west"), worker("east")]
+    found = quote(job(1_000), workers, [], [ahead(2_000, 0, 0, of=only_west), ahead(10**6, 0, 0, of=nowhere, plans=40)])
+    west, east = found.workers
+    assert (found.plans_ahead, found.plans_not_counted) == (3, 0)
+    assert (west.share, west.begins_seconds, east.share, east.begins_seconds) == (0, None, 1, 0)
+    elsewhere = quote(only_west, workers, [], [ahead(2_000, 0, 0, of=replace(only_west, requirements=nowhere.requirements))])
+    assert elsewhere.plans_ahead == 0
+
+
+def test_plans_of_unknown_speed_are_told_and_not_counted() -> None:
+    """Where no worker's speed with another model is known, its plans may come first, but nobody knows how long they take."""
+    strange = replace(PROFILE, dtype="float16")
+    other = replace(job(64), profile=strange, requirements=requirements_of(job().plan, PROFILE, RuntimeConfig()))
+    found = quote(job(100), [worker("box")], [MEASURED], [ahead(500, 7, of=other, plans=12)])
+    assert (found.plans_ahead, found.plans_not_counted) == (0, 12)
+    assert found.seconds == quote(job(100), [worker("box")], [MEASURED]).seconds
+
+
+# ---------------------------------------------------------------------------------------- what would be faster
+
+
+def test_a_slow_worker_that_would_hold_up_the_end_is_named() -> None:
+    """It takes a plan because it is free, and needs longer for it than the others for all: the option leaves it out."""
+    found = quote(job(20_000, 1_000), [worker("desktop", speed=10), worker("cpu-box", speed=0.02)], [])
+    assert found.leave_out is not None
+    assert (found.leave_out.nodes, found.leave_out.where) == (("cpu-box",), 'node != "cpu-box"')
+    desktop, box = found.workers
+    assert box.saves_seconds == pytest.approx(found.leave_out.seconds - seconds_of(found))
+    assert desktop.saves_seconds is not None
+    assert desktop.saves_seconds > 0
+    asked = replace(job(20_000, 1_000).requirements, where='gpu_memory_gb >= 0 or zone == "a"')
+    again = quote(replace(job(20_000, 1_000), requirements=asked), [worker("a", speed=10), worker("it's", speed=0.02)], [])
+    assert again.leave_out is not None
+    assert again.leave_out.where == '(gpu_memory_gb >= 0 or zone == "a") and node != "it\'s"'
+
+
+def test_nobody_is_left_out_who_is_needed_or_only_imagined() -> None:
+    """The one worker with room for the longest rows stays, however slow; of imagined machines nothing is said."""
+    rows = [*[RowSize(prompt_bytes=400, max_new_tokens=32)] * 20_000, RowSize(prompt_bytes=12_000, max_new_tokens=900)]
+    work = replace(job(rows_per_plan=1_000), rows=rows)
+    small, slow = worker("small", free=1_000_000_000, speed=10), worker("slow", speed=0.02)
+    assert quote(work, [small, slow], []).leave_out is None
+    assert quote(replace(work, rows=rows[:-1]), [small, slow], []).leave_out is not None
+    imagined = replace(worker("if h200", speed=10), is_hypothetical=True)
+    told = quote(replace(work, rows=rows[:-1]), [imagined, slow], [])
+    assert (told.leave_out, [part.saves_seconds for part in told.workers]) == (None, [None, None])
+
+
+@settings(max_examples=60)
+@given(st.lists(st.floats(0.005, 10), min_size=2, max_size=5), st.integers(1_000, 30_000), st.sampled_from([1, 256, 1_000]))
+def test_the_advice_never_makes_it_later(speeds: list[float], rows: int, rows_per_plan: int) -> None:
+    """Who follows it gets just the end that it promised, noticeably before that without it, and nobody else is refused."""
+    candidates = [worker(f"w{number}", speed=speed) for number, speed in enumerate(speeds)]
+    work = job(rows, rows_per_plan)
+    before = [ahead(500, *[0] * len(speeds))]
+    found = quote(work, candidates, [], before)
+    for part in found.workers:
+        assert part.saves_seconds is None or part.share > 0
+    if found.leave_out is None:
+        return
+    heeded = replace(work, requirements=replace(work.requirements, where=found.leave_out.where))
+    after = quote(heeded, candidates, [], before)
+    assert after.seconds == found.leave_out.seconds
+    assert seconds_of(found) - seconds_of(after) >= max(300, 0.05 * seconds_of(found))
+    assert {part.name for part in after.workers if part.refused} == set(found.leave_out.nodes)
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=4), st.integers(1, 2_000), st.integers(1, 256))

@@ -1,0 +1,236 @@
+"""What would each worker make of a job's rows: how would it run them, how fast, and which of them have room there?"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ollm_service.core.capabilities import Capabilities, Device, LiveState
+from ollm_service.core.dealing import Pile
+from ollm_service.core.matching import NoMatch, match
+from ollm_service.core.options import RuntimeConfig
+from ollm_service.core.placement import Placement, RowBounds, Unplaceable, place
+from ollm_service.core.plan import RuntimePlan
+from ollm_service.core.profile import ModelProfile
+from ollm_service.core.rates import MeasuredAttempt, Rate, measured_rate, output_share, probed_rate, tokens_per_byte
+from ollm_service.core.requirements import Requirements
+
+# What nobody has measured: rows rarely use all the tokens that they are allowed.
+USUAL_OUTPUT_SHARE = (0.25, 1.0)
+MOST_PLANS_DEALT = 4_096  # more are dealt out in equal heaps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSize:
+    """One row: the bytes of its prompt and the most tokens that it may answer."""
+
+    prompt_bytes: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A worker that might take part; `is_hypothetical` where it is only asked `what if`."""
+
+    name: str
+    capabilities: Capabilities
+    live: LiveState
+    is_hypothetical: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is to be quoted: an executable plan, what it needs, and its rows in plans of at most `rows_per_plan`."""
+
+    plan: RuntimePlan
+    profile: ModelProfile
+    config: RuntimeConfig
+    requirements: Requirements
+    rows: Sequence[RowSize]
+    rows_per_plan: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerQuote:
+    """One worker's part.
+
+    `refused` says why it cannot take part, and is empty where it can; then `placement` is how it would run and `rate` how fast,
+    None where its speed is not known. `rows_an_hour` and `share` (of the rows, 0 to 1) are expectations. `left_out_rows` are too
+    long for it: more than `longest_row_tokens`. `begins_seconds` from now it takes its first plan, None where it takes none.
+    `saves_seconds`: so much later the job would end without its node; less than 0 where it would end sooner, None where it was
+    not asked: of short jobs, of a node alone, and where machines are imagined.
+    """
+
+    name: str
+    is_hypothetical: bool
+    refused: tuple[str, ...] = ()
+    placement: Placement | None = None
+    device: Device | None = None
+    free_bytes: int = 0
+    rate: Rate | None = None
+    rows_an_hour: float = 0.0
+    share: float = 0.0
+    left_out_rows: int = 0
+    longest_row_tokens: int | None = None
+    begins_seconds: float | None = None
+    saves_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """The rows in figures: lengths in ascending order with all of their output, and the part of that which is really made.
+
+    `prompts` are the tokens of the same rows' prompts.
+    """
+
+    job: Job
+    lengths: Sequence[int]
+    prompts: Sequence[int]
+    prompt_tokens: int
+    output_tokens: int
+    shares: tuple[float, float]
+
+    @property
+    def row_count(self) -> int:
+        """How many rows there are."""
+        return len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest row; 1 where there is none."""
+        return self.lengths[-1] if self.lengths else 1
+
+    @property
+    def most_context(self) -> int:
+        """The tokens that no row may exceed, on any machine."""
+        return self.job.profile.max_context_tokens or self.longest
+
+    def share(self, luck: bool | None) -> float:
+        """The part of the allowed tokens that is made: expected, or with good or bad luck."""
+        low, high = self.shares
+        return (low * high) ** 0.5 if luck is None else low if luck else high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What each candidate would do with the rows of one job."""
+
+    work: Work
+    quotes: Sequence[WorkerQuote]
+
+    def can(self, number: int) -> bool:
+        """Whether a candidate takes any of them, at a known speed."""
+        return bool(self.paces(None)[number])
+
+    @property
+    def is_known(self) -> bool:
+        """Whether any candidate takes them at a known speed."""
+        return any(self.paces(None))
+
+    def paces(self, luck: bool | None) -> tuple[float | None, ...]:
+        """Each candidate's seconds for a row, expected or with luck; None where it takes none, or nobody knows."""
+        return self._paces[luck]
+
+    @cached_property
+    def _paces(self) -> dict[bool | None, tuple[float | None, ...]]:
+        return {
+            luck: tuple(_row_seconds(self.work, found, luck) or None for found in self.quotes) for luck in (None, False, True)
+        }
+
+    def pile(self, rows: int, luck: bool | None) -> Pile:
+        """So many rows like these."""
+        return Pile(
+            rows=rows,
+            plan_rows=max(self.work.job.rows_per_plan, -(-rows // MOST_PLANS_DEALT)),
+            row_seconds=self.paces(luck),
+            load_seconds=tuple(found.rate.load_seconds if found.rate else 0.0 for found in self.quotes),
+        )
+
+
+def part_of(job: Job, candidates: Sequence[Candidate], attempts: Sequence[MeasuredAttempt]) -> Part:
+    """What each candidate would do with a job's rows. `attempts` are those that have run the same model, anywhere."""
+    work = _work(job, attempts)
+    return Part(work=work, quotes=[_worker_quote(work, candidate, attempts) for candidate in candidates])
+
+
+def _work(job: Job, attempts: Sequence[MeasuredAttempt]) -> Work:
+    ratio, share = tokens_per_byte(attempts, job.profile), output_share(attempts)
+    prompts = [_prompt_tokens(row, ratio) for row in job.rows]
+    rows = sorted((prompt + row.max_new_tokens, prompt) for row, prompt in zip(job.rows, prompts, strict=True))
+    return Work(
+        job=job,
+        lengths=[length for length, _ in rows],
+        prompts=[prompt for _, prompt in rows],
+        prompt_tokens=sum(prompts),
+        output_tokens=sum(row.max_new_tokens for row in job.rows),
+        shares=(share, share) if share is not None else USUAL_OUTPUT_SHARE,
+    )
+
+
+def _prompt_tokens(row: RowSize, ratio: float) -> int:
+    return max(1, round(row.prompt_bytes * ratio))
+
+
+def _worker_quote(work: Work, candidate: Candidate, attempts: Sequence[MeasuredAttempt]) -> WorkerQuote:
+    job, capabilities = work.job, candidate.capabilities
+    found = match(job.requirements, capabilities)
+    if isinstance(found, NoMatch):
+        return WorkerQuote(name=candidate.name, is_hypothetical=candidate.is_hypothetical, refused=found.reasons)
+    placed = place(
+        job.plan,
+        job.profile,
+        job.config,
+        job.requirements,
+        capabilities,
+        candidate.live,
+        RowBounds(
+            longest=work.longest,
+            longest_prompt=max(work.prompts, default=1),
+            shortest=work.lengths[0] if work.lengths else 1,
+            count=min(work.row_count, job.rows_per_plan),
+        ),
+    )
+    if isinstance(placed, Unplaceable):
+        return WorkerQuote(name=candidate.name, is_hypothetical=candidate.is_hypothetical, refused=(placed.reason,))
+    device = next(device for device in capabilities.devices if device.device_id == placed.device_id)
+    backend_id = job.plan.backend_id or ""
+    disk_rate = capabilities.cache_disk.read_rate if capabilities.cache_disk else None
+    rate = measured_rate(attempts, device_name=device.name, tier=placed.tier, backend_id=backend_id)
+    longest = _longest_row(work, candidate, placed)
+    return WorkerQuote(
+        name=candidate.name,
+        is_hypothetical=candidate.is_hypothetical,
+        placement=placed,
+        device=device,
+        free_bytes=candidate.live.device_free_bytes.get(device.device_id, 0),
+        rate=rate or probed_rate(job.profile, device, rows=placed.micro_batch, disk_rate=disk_rate),
+        left_out_rows=0 if longest is None else work.row_count - bisect_right(work.lengths, longest),
+        longest_row_tokens=longest,
+    )
+
+
+def _longest_row(work: Work, candidate: Candidate, placed: Placement) -> int | None:
+    """The tokens of the longest row that has room there when it runs alone; None where all have."""
+    fits = placed.longest_row_tokens
+    if fits is None or fits >= work.longest:
+        return None
+    job, low, high = work.job, bisect_right(work.lengths, fits) - 1, bisect_right(work.lengths, work.most_context) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        rows = RowBounds(longest=work.lengths[middle], longest_prompt=work.prompts[middle], count=1)
+        found = place(job.plan, job.profile, job.config, job.requirements, candidate.capabilities, candidate.live, rows)
+        low, high = (middle, high) if isinstance(found, Placement) else (low, middle - 1)
+    return work.lengths[low] if low >= 0 else fits
+
+
+def _row_seconds(work: Work, found: WorkerQuote, luck: bool | None) -> float | None:
+    """Seconds that one mean row takes of this worker: its part of a prefill, and of the passes of a micro-batch."""
+    rate, placement = found.rate, found.placement
+    if rate is None or placement is None or not work.row_count:
+        return None
+    rows = min(placement.micro_batch, work.job.rows_per_plan, work.row_count)
+    outputs = max(0.0, work.output_tokens / work.row_count * work.share(luck) - 1)
+    prompts = work.prompt_tokens / work.row_count / rate.prefill
+    passes = outputs * rate.pass_seconds_of(rows, is_pessimistic=luck is not True) / rows
+    factor = 1.0 if luck is None else 1 / rate.spread if luck else rate.spread
+    return (prompts + passes) * factor
