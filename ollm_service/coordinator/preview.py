@@ -1,7 +1,7 @@
 """What would run where, how, and when would it be done? The answer to a submission that nobody has made yet."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ollm_service.coordinator.drafting import Draft, draft
@@ -12,11 +12,11 @@ from ollm_service.coordinator.service import DEFAULT_TENANT, Service
 from ollm_service.coordinator.submission import ROWS_PER_PLAN, chunks
 from ollm_service.core.known_devices import as_offered_by, hypothetical
 from ollm_service.core.options import GenerationConfig
-from ollm_service.core.quote import Candidate, Job, Quote, RowSize, quote
+from ollm_service.core.quote import Ahead, Candidate, Job, Quote, RowSize, quote
 from ollm_service.core.row_size import own_limit, prompt_bytes
 from ollm_service.store.jobs import NewRow
 from ollm_service.store.quotes import StoredPreview
-from ollm_service.store.views import WorkerView
+from ollm_service.store.views import PlansAhead, WorkerView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,34 @@ def _quote(
         rows=[_size(row, settings) for row in rows if row.error is None],
         rows_per_plan=ROWS_PER_PLAN,
     )
-    return quote(job, candidates, service.store.quotes.measured(profile.digest))
+    before, untold = service.store.quotes.ahead()
+    ahead = [_ahead(service, found, workers, len(candidates)) for found in before if found.sample]
+    quoted = quote(job, candidates, service.store.quotes.measured(profile.digest), [found for found in ahead if found])
+    return replace(quoted, plans_not_counted=quoted.plans_not_counted + untold)
+
+
+def _ahead(service: Service, found: PlansAhead, workers: Sequence[WorkerView], candidates: int) -> Ahead | None:
+    """Plans of other jobs as a quote counts them; whoever is imagined holds none. None without a profile: nobody takes them."""
+    plan, profile = found.plan, found.plan.profile
+    if profile is None:
+        return None
+    plans, held = found.queued_plans + found.held_plans, [found.held_rows.get(worker.worker_id, 0) for worker in workers]
+    rows = found.queued_rows + sum(found.held_rows.values())
+    job = Job(
+        plan=plan.planned,
+        profile=profile,
+        config=plan.config,
+        requirements=plan.requirements,
+        rows=found.sample,
+        rows_per_plan=max(1, -(-rows // plans)),
+    )
+    return Ahead(
+        job=job,
+        attempts=service.store.quotes.measured(profile.digest),
+        plans=plans,
+        queued_rows=found.queued_rows,
+        held_rows=(*held, *[0] * (candidates - len(held))),
+    )
 
 
 def _example(workers: Sequence[WorkerView]) -> WorkerView | None:

@@ -21,13 +21,13 @@ from ollm_service.store.views import ClassBacklog, WorkerView
 
 _PLAN = runtime_plans.c
 # Spelt out: with a parameter SQLite would look at every plan, since it cannot know that the index of queued plans is enough.
-_IS_QUEUED = _PLAN.state == literal_column(f"'{ExecutionState.QUEUED.value}'")
+IS_QUEUED = _PLAN.state == literal_column(f"'{ExecutionState.QUEUED.value}'")
 MOST_COUNTED = 128  # plans of a class: nobody wakes more workers at once
-_has_queued = select(_PLAN.id).where(_IS_QUEUED, _PLAN.class_id == plan_classes.c.class_id).exists()
+_has_queued = select(_PLAN.id).where(IS_QUEUED, _PLAN.class_id == plan_classes.c.class_id).exists()
 _WAITING = select(plan_classes.c.class_id, as_text(plan_classes.c.requirements)).where(_has_queued)
 _top = (
     select(_PLAN.available_ms, _PLAN.cancel_requested)
-    .where(_IS_QUEUED, _PLAN.class_id == bindparam("class"))
+    .where(IS_QUEUED, _PLAN.class_id == bindparam("class"))
     .order_by(*BEST_FIRST)
     .limit(MOST_COUNTED)
     .subquery()

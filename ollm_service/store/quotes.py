@@ -11,9 +11,11 @@ from ollm_service.core.plan import RuntimePlan
 from ollm_service.core.rates import MeasuredAttempt
 from ollm_service.core.requirements import Requirements
 from ollm_service.core.wire import from_json, to_json
+from ollm_service.store.ahead import plans_ahead
 from ollm_service.store.columns import now_ms
 from ollm_service.store.engine import Database
 from ollm_service.store.tables import attempts, previews
+from ollm_service.store.views import PlansAhead
 
 NEWEST_ATTEMPTS = 200
 _MEASURED = (
@@ -48,6 +50,10 @@ class Quotes:
         """The newest attempts that answered all of their rows with this model."""
         rows = self._database.look(lambda connection: connection.execute(_MEASURED, {"digest": model_digest}).all())
         return [MeasuredAttempt(placement=row.placement or {}, measured=row.measured or {}) for row in rows]
+
+    def ahead(self, priority: int = 0) -> tuple[list[PlansAhead], int]:
+        """What comes before a new job of this priority; the number counts plans of which no more than that is known."""
+        return self._database.read(lambda connection: plans_ahead(connection, priority))
 
     def keep_preview(self, preview: StoredPreview, tenant_id: str) -> None:
         """Remember a preview."""

@@ -11,6 +11,7 @@ from ollm_service.core.options import GenerationConfig, RuntimeConfig
 from ollm_service.core.plan import RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements
+from ollm_service.core.worker_quote import RowSize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,3 +185,19 @@ class ClassBacklog:
     requirements: Requirements | None
     queued: int
     available: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlansAhead:
+    """Plans of one class that come before those of a new job, and their rows without a result.
+
+    `plan` is the first of them and `sample` the sizes of some of their rows. `queued_rows` is an estimate where very many are
+    queued; `held_rows` are those of plans that workers hold, by the worker's id.
+    """
+
+    plan: PlanView
+    queued_plans: int
+    queued_rows: int
+    held_plans: int
+    held_rows: Mapping[str, int]
+    sample: tuple[RowSize, ...]

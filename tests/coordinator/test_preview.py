@@ -11,7 +11,7 @@ from ollm_service.coordinator.submission import submit
 from ollm_service.core.capabilities import Device
 from ollm_service.core.errors import InvalidJob, InvalidOption, NotFound, PlanChanged, RequestError
 from ollm_service.core.leasing import AttemptReport
-from tests.coordinator.services import ROWS, submission
+from tests.coordinator.services import ROWS, claim_one, submission
 from tests.store.samples import APPLIED, LIVE, PROFILE, answers, new_worker
 from tests.store.samples import capabilities as offers
 
@@ -66,6 +66,37 @@ def test_what_attempts_measured_is_what_quotes_go_by(service: Service) -> None:
     assert (before.is_measured, after.is_measured) == (False, True)
     assert after.workers[0].rate is not None
     assert (after.workers[0].rate.prefill, after.workers[0].rate.pass_seconds) == (1.0, 5.0)
+
+
+def test_plans_of_other_jobs_are_counted_in(service: Service) -> None:
+    """Those that wait, and those that a worker runs; an imagined machine has the model, and helps."""
+    worker = fast_worker(service)
+    alone = asked(service).quote
+    submit(service, submission([{"prompt": "x" * 400}] * 600))
+    queued = asked(service).quote
+    claim_one(service, worker)
+    held = asked(service, if_workers=["h200"]).quote
+    assert alone is not None
+    assert queued is not None
+    assert held is not None
+    assert (alone.plans_ahead, queued.plans_ahead, held.plans_ahead) == (0, 3, 3)
+    assert alone.seconds is not None
+    assert queued.seconds is not None
+    assert held.seconds is not None
+    assert queued.workers[0].begins_seconds is not None
+    assert queued.workers[0].begins_seconds > 0
+    assert alone.seconds < held.seconds < queued.seconds
+
+
+def test_plans_whose_speed_nobody_knows_are_told_and_not_counted(service: Service) -> None:
+    """A worker that has never been probed for another model's numbers will run them first all the same."""
+    other = replace(MODEL, name="other", digest="e" * 64, dtype="float16")
+    new_worker(service.store, "attic", models=(MODEL, other), devices=(replace(FAST, dtypes=()),))
+    submit(service, submission(model="other"))
+    quote = asked(service).quote
+    assert quote is not None
+    assert (quote.plans_ahead, quote.plans_not_counted) == (0, 1)
+    assert quote.seconds is not None
 
 
 def test_an_imagined_machine_takes_its_share(service: Service) -> None:
