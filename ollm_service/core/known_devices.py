@@ -1,7 +1,7 @@
 """Which machines can a quote assume by name? Memory and speed as their makers publish them, for `what if I had one`.
 
 Memory rates in bytes per second and dense arithmetic in operations per second, from the makers' data sheets; what a model reaches
-of them is another matter, which `rates.PROBED_EFFICIENCY` stands for.
+of them is another matter, which the efficiencies in `rates` stand for.
 """
 
 from collections.abc import Mapping

@@ -5,18 +5,31 @@ B rows run together. A pass is one forward pass for one new token of each of the
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from ollm_service.core.capabilities import Device
+from ollm_service.core.estimates import weight_element_bytes
+from ollm_service.core.options import KVCacheStrategy
 from ollm_service.core.profile import ModelProfile
 
-# How much of a device's probed speed a whole model reaches, from attempts on CPUs: the rest goes into attention, small operations
-# and the program around them.
-PROBED_EFFICIENCY = 0.5
-LAYER_SECONDS = 1e-4  # about ten operations, each some microseconds to start, on any device
+# What a whole model reaches of a device's speed. The CPU's probe multiplies matrices as a model does, but reads what lies in its
+# cache, which weights do not, and matrix products of a few rows pack all weights anew in each pass. Those are measured; of an
+# accelerator's rates, which may be its data sheet's, models are said to reach about so much.
+ARITHMETIC_EFFICIENCY: Mapping[str, float] = MappingProxyType({"cpu": 0.75, "cuda": 0.5, "mps": 0.5})
+MEMORY_EFFICIENCY: Mapping[str, float] = MappingProxyType({"cpu": 0.12, "cuda": 0.6, "mps": 0.6})
+# How often a pass goes over a KV cache in memory. It is read, written anew with one token more, and read by attention; where its
+# tensors have mappings of their own (`give_back_what_is_freed`) new pages come on top.
+KV_TRAFFIC: Mapping[str, int] = MappingProxyType({"cpu": 4, "cuda": 3, "mps": 3})
+# What Python and starting operations take, whatever the device: for a layer, for its experts, for a pass around the layers;
+# for a row's text to tokens and back; for a plan from its claim to its record; for a model's modules before its weights are read.
+# Measured on a CPU with models of the smallest width.
+LAYER_SECONDS, EXPERTS_SECONDS, PASS_SECONDS = 5e-4, 5e-4, 1e-3
+ROW_SECONDS, PLAN_SECONDS, LOAD_SECONDS = 1.5e-4, 0.05, 0.4
+# Sorting one logit of a row that samples among the likeliest (top_p); it is done on the CPU.
+SORT_SECONDS = 1.7e-7
 # What a quote from probed speed may be wrong by, either way; what was measured varies less.
 PROBED_SPREAD, MEASURED_SPREAD = 2.5, 1.25
-_ELEMENT_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +49,9 @@ class MeasuredAttempt:
 class Rate:
     """How fast one model runs on one device in one tier.
 
-    `prefill` is prompt tokens per second. A pass over `rows` rows takes `pass_seconds`. `spread` is the factor by which the truth
-    may lie above or below. `attempts` counts what it was measured on; 0 means that it follows from the device's speed.
+    `prefill` is prompt tokens per second. A pass over `rows` rows takes `pass_seconds`. Besides, each row takes `row_seconds` and
+    each plan `plan_seconds`. `spread` is the factor by which the truth may lie above or below. `attempts` counts what it was
+    measured on; 0 means that it follows from the device's speed.
     """
 
     prefill: float
@@ -46,6 +60,8 @@ class Rate:
     load_seconds: float
     spread: float
     attempts: int = 0
+    row_seconds: float = 0.0
+    plan_seconds: float = 0.0
 
     def pass_seconds_of(self, rows: int, *, is_pessimistic: bool) -> float:
         """A pass over another number of rows costs the same while reading weights decides, and grows while arithmetic does."""
@@ -75,6 +91,8 @@ def measured_rate(attempts: Iterable[MeasuredAttempt], *, device_name: str, tier
     rows = total("decode_tokens") / passes if passes else 1.0
     # Without a second token nobody has seen a pass of one token; it costs no more than the prompt's pass did.
     pass_seconds = total("decode_seconds") / passes if passes else total("prefill_seconds") / len(alike)
+    # What generating took besides the passes: text to tokens and back. Older attempts do not say how long all of it was.
+    beside = sum(_beside_the_passes(attempt) for attempt in alike)
     return Rate(
         prefill=prefill,
         pass_seconds=max(pass_seconds, 1e-9),
@@ -82,37 +100,67 @@ def measured_rate(attempts: Iterable[MeasuredAttempt], *, device_name: str, tier
         load_seconds=max(loads, default=0.0),
         spread=MEASURED_SPREAD,
         attempts=len(alike),
+        plan_seconds=PLAN_SECONDS + beside / len(alike),
     )
 
 
-def probed_rate(profile: ModelProfile, device: Device, *, rows: int, disk_rate: float | None) -> Rate | None:
-    """What the device's probed speed allows; None where it was not probed.
+def _beside_the_passes(attempt: MeasuredAttempt) -> float:
+    passes = attempt.number("prefill_seconds") + attempt.number("decode_seconds")
+    return max(0.0, attempt.number("generate_seconds") - passes)
 
-    A prompt costs 2 operations for each parameter and token. A pass reads the weights once, and costs those operations for each
-    row; the longer of the two decides, and no layer takes less than starting its operations does. A mixture of experts computes
-    with the routed experts alone, and reads those of a row. Loading reads the weights from disk.
+
+def probed_rate(
+    profile: ModelProfile,
+    device: Device,
+    *,
+    rows: int,
+    disk_rate: float | None,
+    tokens: int = 0,
+    kv: KVCacheStrategy = KVCacheStrategy.RESIDENT,
+    is_sampled: bool = False,
+) -> Rate | None:
+    """What the device's probed speed allows; None where it was not probed. `tokens` are a row's half-way through its answer.
+
+    A prompt costs 2 operations for each token and parameter of the layers. A pass reads the layers and the head, goes over every
+    row's KV cache, and costs those operations for each row; the two overlap little. Of a mixture of experts a token computes with
+    those that it is routed to, and B rows read those that any of them meets: E·(1 - (1 - k/E)^B) of E, where one meets k. A KV
+    cache in files goes through the disk, too: a prompt's once, and all of it in each pass. Loading reads the weights.
     """
-    arithmetic = device.arithmetic.get(profile.dtype or "", 0.0) * PROBED_EFFICIENCY
-    memory_rate = (device.memory_rate or 0.0) * PROBED_EFFICIENCY
+    kind = device.kind
+    arithmetic = device.arithmetic.get(profile.dtype or "", 0.0) * ARITHMETIC_EFFICIENCY.get(kind, 0.0)
+    memory_rate = (device.memory_rate or 0.0) * MEMORY_EFFICIENCY.get(kind, 0.0)
     if not arithmetic or not memory_rate or not profile.weight_bytes:
         return None
-    active = _active_bytes(profile)
-    parameters = active / _ELEMENT_BYTES.get(profile.dtype or "", 4)
+    disk_seconds = 1 / disk_rate if disk_rate else 0.0  # a byte's
+    element = weight_element_bytes(profile)
+    routed = profile.experts_per_token / profile.expert_count if profile.expert_count else 0.0
+    dense = max(0, _layer_bytes(profile) - profile.expert_bytes)
+    head = profile.head_bytes or profile.embedding_bytes
+    met = 1 - (1 - routed) ** rows
+    in_files = 0 if kv is KVCacheStrategy.RESIDENT else profile.kv_bytes_per_token
+    prompt_seconds = 2 * (dense + profile.expert_bytes * routed) / element / arithmetic + in_files * disk_seconds
+    pass_seconds = (
+        (dense + profile.expert_bytes * met + head) / memory_rate
+        + rows * 2 * (dense + profile.expert_bytes * routed + head) / element / arithmetic
+        + rows * (profile.kv_bytes(tokens) * KV_TRAFFIC[kind] / memory_rate + tokens * in_files * disk_seconds)
+        + profile.layer_count * (LAYER_SECONDS + EXPERTS_SECONDS * (profile.expert_count > 0))
+        + rows * profile.vocabulary_size * SORT_SECONDS * is_sampled
+        + PASS_SECONDS
+    )
     return Rate(
-        prefill=arithmetic / (2 * parameters),
-        pass_seconds=max(active / memory_rate, 2 * parameters * rows / arithmetic, profile.layer_count * LAYER_SECONDS),
+        prefill=1 / prompt_seconds if prompt_seconds else float("inf"),
+        pass_seconds=pass_seconds,
         rows=float(rows),
-        load_seconds=profile.weight_bytes / disk_rate if disk_rate else 0.0,
+        load_seconds=LOAD_SECONDS + profile.weight_bytes * disk_seconds,
         spread=PROBED_SPREAD,
+        row_seconds=ROW_SECONDS,
+        plan_seconds=PLAN_SECONDS,
     )
 
 
-def _active_bytes(profile: ModelProfile) -> int:
-    """The weights that one token goes through."""
-    if not profile.expert_count:
-        return profile.weight_bytes
-    routed = profile.expert_bytes * profile.experts_per_token // profile.expert_count
-    return profile.weight_bytes - profile.expert_bytes + routed
+def _layer_bytes(profile: ModelProfile) -> int:
+    """The weights that a token goes through before the head: the decoder layers, or all that is not known to be other."""
+    return sum(profile.layer_bytes) or profile.weight_bytes - profile.embedding_bytes - profile.head_bytes
 
 
 def tokens_per_byte(attempts: Iterable[MeasuredAttempt], profile: ModelProfile) -> float:

@@ -15,7 +15,7 @@ from ollm_service.core.plan import GenericModelKind, NativeFamily, PassId
 from ollm_service.core.planning import plan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.quote import Ahead, Candidate, Job, Quote, RowSize, quote
-from ollm_service.core.rates import MeasuredAttempt, measured_rate, output_share, probed_rate, tokens_per_byte
+from ollm_service.core.rates import MeasuredAttempt, output_share, tokens_per_byte
 from ollm_service.core.requirements import requirements_of
 from ollm_service.core.resolution import HeldModel
 
@@ -93,46 +93,6 @@ def span(found: Quote) -> tuple[float, float, float]:
     assert found.fastest_seconds is not None
     assert found.slowest_seconds is not None
     return found.fastest_seconds, found.seconds, found.slowest_seconds
-
-
-def test_measured_attempts_are_summed_over_the_same_device_tier_and_backend() -> None:
-    """Rates are totals over totals; another device, tier or backend does not count."""
-    others = [
-        replace(MEASURED, measured={**MEASURED.measured, "device": "another"}),
-        replace(MEASURED, placement={"tier": "all on device"}),
-        replace(MEASURED, measured={**MEASURED.measured, "backend": "transformers-generic"}),
-        replace(MEASURED, measured={"device": "a CPU", "backend": "optimized-native"}),
-    ]
-    rate = measured_rate(
-        [MEASURED, MEASURED, *others], device_name="a CPU", tier="KV cache in files", backend_id="optimized-native"
-    )
-    assert rate is not None
-    assert (rate.prefill, rate.pass_seconds, rate.rows, rate.load_seconds, rate.attempts) == (500, 0.1, 8, 3.0, 2)
-    assert measured_rate(others, device_name="a CPU", tier="layers streamed", backend_id="optimized-native") is None
-
-
-def test_what_was_not_measured_follows_from_the_device() -> None:
-    """A pass reads the weights once, and computes for each row: what takes longer decides. An unprobed device has no rate."""
-    few = probed_rate(PROFILE, CPU, rows=1, disk_rate=1e9)
-    many = probed_rate(PROFILE, CPU, rows=64, disk_rate=None)
-    assert few is not None
-    assert many is not None
-    assert few.pass_seconds == pytest.approx(400e6 / 5e9)
-    assert many.pass_seconds == pytest.approx(64 * 2 * 100e6 / 50e9)
-    assert few.load_seconds == pytest.approx(0.4)
-    assert many.load_seconds == 0
-    assert few.spread > 1
-    assert probed_rate(PROFILE, replace(CPU, memory_rate=None), rows=1, disk_rate=None) is None
-    assert probed_rate(replace(PROFILE, dtype="float16"), CPU, rows=1, disk_rate=None) is None
-
-
-def test_a_mixture_of_experts_is_quoted_by_the_experts_that_a_token_meets() -> None:
-    """Half of the weights in 8 experts of which 2 are routed: five eighths are read."""
-    mixture = replace(PROFILE, expert_bytes=200_000_000, expert_count=8, experts_per_token=2)
-    whole, routed = (probed_rate(profile, CPU, rows=1, disk_rate=None) for profile in (PROFILE, mixture))
-    assert whole is not None
-    assert routed is not None
-    assert routed.pass_seconds == pytest.approx(whole.pass_seconds * 5 / 8)
 
 
 def test_tokens_and_outputs_are_guessed_until_they_are_measured() -> None:
