@@ -189,6 +189,7 @@ class Attempt:
                 attempt=work.attempt,
                 model_dir=str((self._around.models_dir / profile.path).absolute()),
                 cache_dir=str(folder.path) if folder else None,
+                weights_dir=str(folder.weights_path) if folder else None,
                 runtime_plan=self._plan,
                 profile=profile,
                 config=work.config,

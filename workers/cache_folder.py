@@ -39,6 +39,11 @@ class CacheFolder:
         self.path = path
         self._lock = lock
 
+    @property
+    def weights_path(self) -> Path:
+        """Beside it, where all slots of this machine keep weights in the form in which layers are read from disk."""
+        return self.path.parent / "weights"
+
     def sweep(self) -> int:
         """Delete what is in it, and return how many entries that were. Call it when no runner uses the folder."""
         entries = 0

@@ -32,8 +32,8 @@ class Execute:
     """Supervisor: load the model unless it is warm, apply the planned passes and answer the rows.
 
     `model_dir` and `cache_dir` are absolute on this host; the runner makes a private folder inside `cache_dir` and deletes it
-    at the end. At most `placement.micro_batch` rows run at a time; `suspects` are rows that crashed a runner before, which run
-    last and each alone.
+    at the end. In `weights_dir` runners share weights in the form in which layers are read from disk. At most
+    `placement.micro_batch` rows run at a time; `suspects` are rows that crashed a runner before, which run last and each alone.
     """
 
     plan_id: str
@@ -46,6 +46,7 @@ class Execute:
     placement: Placement
     rows: tuple[WorkRow, ...]
     suspects: frozenset[int] = frozenset()
+    weights_dir: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

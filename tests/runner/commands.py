@@ -1,5 +1,6 @@
 """What does a supervisor send, and what did the runner answer? Commands for tests, and the messages they led to."""
 
+import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -84,6 +85,7 @@ def make_command(
     kv: KVCacheStrategy = KVCacheStrategy.RESIDENT,
     chunk_rows: int | None = None,
     cache_dir: Path | None = None,
+    disk_layers: tuple[int, ...] = (),
 ) -> Execute:
     """Execute these rows on the CPU."""
     return Execute(
@@ -92,12 +94,20 @@ def make_command(
         model_dir=str(model_dir),
         cache_dir=None if cache_dir is None else str(cache_dir),
         runtime_plan=make_plan(model_dir.name, passes, chunk_rows),
-        profile=ModelProfile(name=model_dir.name, path=PurePosixPath(model_dir.name), digest=str(model_dir)),
+        profile=ModelProfile(
+            name=model_dir.name, path=PurePosixPath(model_dir.name), digest=hashlib.sha256(str(model_dir).encode()).hexdigest()
+        ),
         config=RuntimeConfig(),
         placement=Placement(
-            device_id="cpu", tier=Tier.ALL_ON_DEVICE, kv_cache_strategy=kv, micro_batch=micro_batch, estimate=_NOTHING
+            device_id="cpu",
+            tier=Tier.LAYERS_FROM_DISK if disk_layers else Tier.ALL_ON_DEVICE,
+            kv_cache_strategy=kv,
+            micro_batch=micro_batch,
+            estimate=_NOTHING,
+            disk_layers=disk_layers,
         ),
         rows=tuple(rows),
+        weights_dir=None if cache_dir is None else str(cache_dir / "weights"),
     )
 
 

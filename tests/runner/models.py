@@ -7,12 +7,15 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3TextConfig,
     GenerationConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 
 from scripts.train_demo_model import make_tokenizer
@@ -24,10 +27,24 @@ HELDOUT_ANSWERS = ROOT / "demo" / "heldout_answers.json"
 CONTEXT = 1024
 # Wide enough that random weights give varied answers.
 _SPREAD = 0.3
+# Checkpoints of the last two name and join weights in another way than their modules do.
+_GATED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "qwen2": (Qwen2Config, {}),
+    "gemma3": (Gemma3TextConfig, {"num_hidden_layers": 4, "head_dim": 8, "sliding_window": 16, "sliding_window_pattern": 2}),
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        {"num_hidden_layers": 4, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "gpt-oss": (
+        GptOssConfig,
+        {"num_hidden_layers": 4, "head_dim": 8, "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+}
 
 
 def config_of(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
-    """A two-layer configuration of the family; llama and qwen2 have grouped key heads and a gated MLP, gpt2 has neither."""
+    """A configuration of the family with few layers; gpt2 has neither grouped key heads nor a gated MLP, and a tied head."""
     tokens: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -37,16 +54,16 @@ def config_of(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConf
     }
     if family == "gpt2":
         return GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, **tokens)
-    gated: Any = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
-    config: PreTrainedConfig = gated(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        **tokens,
-    )
+    kind, extra = _GATED[family]
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+    }
+    config: PreTrainedConfig = kind(**(sizes | tokens | extra))
     return config
 
 

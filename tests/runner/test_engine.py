@@ -107,10 +107,14 @@ def test_any_error_under_a_planned_pass_ends_the_specialization(llama: Path, bre
     assert not of_kind(messages, BatchDone)
 
 
+def nothing() -> None:
+    """What is called while a model is loaded."""
+
+
 @pytest.fixture
 def cramped_model(llama: Path) -> LoadedModel:
     """A model whose memory holds two rows at a time, and none of 60 positions or more."""
-    model = generic.load(make_command(llama, [work_row(0, "x")]))
+    model = generic.load(make_command(llama, [work_row(0, "x")]), nothing)
 
     def refuse(_module: Any, _arguments: Any, named: dict[str, Any]) -> None:
         rows, positions = named["input_ids"].shape
@@ -150,7 +154,7 @@ def attempt_with(model: LoadedModel, folder: Path, rows: list[Any]) -> list[Mess
 
 def test_what_is_not_a_number_fails_its_rows_alone(llama: Path) -> None:
     """A row whose logits are not numbers gets an error; its neighbours are answered."""
-    model = generic.load(make_command(llama, [work_row(0, "x")]))
+    model = generic.load(make_command(llama, [work_row(0, "x")]), nothing)
 
     def spoil(_module: Any, _arguments: Any, output: Any) -> Any:
         output.logits[0] = torch.nan

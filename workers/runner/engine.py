@@ -75,14 +75,14 @@ class Engine:
         key, started = generic.model_key(command), time.monotonic()
         attempt.pulse.stage = "loading"
         attempt.pulse()
-        if self._model is not None and self._model.key == key:
+        if self._model is not None and self._model.key == key and not self._model.is_broken:
             attempt.report(Loaded(seconds=0.0, was_warm=True))
             return self._model
         self._model = None
         _free_memory()
         with LoadWatch(attempt.report, "loading"):
             try:
-                self._model = generic.load(command)
+                self._model = generic.load(command, attempt.pulse)
             except (OSError, ValueError, RuntimeError, ImportError, MemoryError, SafetensorError) as error:
                 raise _load_failure(error) from error
         attempt.measurements.load_seconds = time.monotonic() - started

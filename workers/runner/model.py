@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from workers.runner.weights.streaming import LayerStream, layer_names
+
 CacheSource = Callable[[], AbstractContextManager[Cache]]
 
 
@@ -23,6 +25,8 @@ class ModelKey:
     model_dir: str
     digest: str
     device_id: str
+    host_layers: tuple[int, ...] = ()
+    disk_layers: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,7 +34,7 @@ class LoadedModel:
     """A model of ours, with what is needed to run it. Passes change `module` and `open_cache`, and undo that again.
 
     `context_limit` is in tokens, prompt and answer together; None where the model sets none. `open_cache` gives the KV cache of
-    one micro-batch for as long as that runs.
+    one micro-batch for as long as that runs. `stream` brings the layers that are not kept on the device, if there are such.
     """
 
     key: ModelKey
@@ -41,6 +45,7 @@ class LoadedModel:
     end_tokens: frozenset[int]
     pad_token: int
     open_cache: CacheSource
+    stream: LayerStream | None = None
     _accepted: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,10 +59,14 @@ class LoadedModel:
         logits_BV: Tensor = output.logits[:, -1, :]
         return logits_BV
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether weights that it needs could not be read."""
+        return self.stream is not None and self.stream.is_broken
+
     def layers(self) -> list[nn.Module]:
-        """The decoder layers: the modules of the longest module list."""
-        lists = [list(module) for module in self.module.modules() if isinstance(module, nn.ModuleList)]
-        return max(lists, key=len, default=[])
+        """The decoder layers."""
+        return [self.module.get_submodule(name) for name in layer_names(self.module)]
 
 
 def resident_cache(module: PreTrainedModel) -> CacheSource:

@@ -1,31 +1,43 @@
-"""How does `transformers-generic` bring a model into memory? The plain Auto class, whole on the device.
+"""How does `transformers-generic` bring a model into memory? The plain Auto class, whole on the device or as it was placed.
 
 Safetensors only, no remote code, nothing fetched.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
-from transformers.utils.quantization_config import Mxfp4Config
 
 from ollm_service.core.plan import GenericModelKind
 from ollm_service.core.wire import Execute
 from workers.runner.interruptions import AttemptEnded
 from workers.runner.memory import let_go_of_pages
 from workers.runner.model import LoadedModel, ModelKey, resident_cache
+from workers.runner.weights.checkpoint import load_checkpoint
+from workers.runner.weights.offload import load_offloaded
 
 
 def model_key(command: Execute) -> ModelKey:
     """Which model, where, the command needs."""
-    return ModelKey(model_dir=command.model_dir, digest=command.profile.digest, device_id=command.placement.device_id)
+    placement = command.placement
+    return ModelKey(
+        model_dir=command.model_dir,
+        digest=command.profile.digest,
+        device_id=placement.device_id,
+        host_layers=placement.host_layers,
+        disk_layers=placement.disk_layers,
+    )
 
 
-def load(command: Execute) -> LoadedModel:
-    """Load model and tokenizer in the checkpoint's own dtype. Raises AttemptEnded for a kind that it does not run."""
+def load(command: Execute, visit: Callable[[], None]) -> LoadedModel:
+    """Load model and tokenizer in the checkpoint's own dtype; `visit` is called while that gets on.
+
+    Raises AttemptEnded for a kind that it does not run, and for what `load_checkpoint` and `load_offloaded` do.
+    """
     kind = command.runtime_plan.generic_model_kind
     if kind is not GenericModelKind.CAUSAL_LM:
         raise AttemptEnded(
@@ -38,15 +50,15 @@ def load(command: Execute) -> LoadedModel:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers does not annotate it
     folder, device = Path(command.model_dir), torch.device(command.placement.device_id)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    module = _load_module(folder)
-    nn.Module.to(module, device)
-    storages = [tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers()) if tensor.device.type == "cpu"]
-    let_go_of_pages(tuple(folder.glob("*.safetensors")), [(storage.data_ptr(), storage.nbytes()) for storage in storages])
-    module.train(mode=False).requires_grad_(requires_grad=False)
+    key, stream = model_key(command), None
+    if key.host_layers or key.disk_layers:
+        module, stream = load_offloaded(command, device, visit)
+    else:
+        module = _load_whole(folder, device)
     _keep_the_head_small(module)
     end_tokens = _end_tokens(module, tokenizer)
     return LoadedModel(
-        key=model_key(command),
+        key=key,
         module=module,
         tokenizer=tokenizer,
         device=device,
@@ -54,39 +66,18 @@ def load(command: Execute) -> LoadedModel:
         end_tokens=end_tokens,
         pad_token=_pad_token(tokenizer, end_tokens),
         open_cache=resident_cache(module),
+        stream=stream,
     )
 
 
-def _load_module(folder: Path) -> PreTrainedModel:
-    """The model with every weight from the checkpoint: transformers would fill those that are missing with random numbers."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype="auto",
-        trust_remote_code=False,
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-        quantization_config=_unpacking(folder),
-    )
-    module: PreTrainedModel
-    module, report = loaded
-    absent = sorted(report["missing_keys"])
-    if absent:
-        raise AttemptEnded(
-            stage="loading",
-            code="weights_missing",
-            message=f"The checkpoint lacks {len(absent)} of the model's weights, such as {absent[0]}.",
-            error_type="MissingWeights",
-        )
+def _load_whole(folder: Path, device: torch.device) -> PreTrainedModel:
+    """All of the model on the device."""
+    module = load_checkpoint(folder)
+    nn.Module.to(module, device)
+    storages = [tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers()) if tensor.device.type == "cpu"]
+    let_go_of_pages(tuple(folder.glob("*.safetensors")), [(storage.data_ptr(), storage.nbytes()) for storage in storages])
+    module.train(mode=False).requires_grad_(requires_grad=False)
     return module
-
-
-def _unpacking(folder: Path) -> Mxfp4Config | None:
-    """How packed weights become plain ones: this runner has no kernels for mxfp4, and the profile counts it unpacked."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    scheme: Any = getattr(config, "quantization_config", None)
-    is_packed = isinstance(scheme, dict) and scheme.get("quant_method") == "mxfp4"
-    return Mxfp4Config(dequantize=True) if is_packed else None
 
 
 def _keep_the_head_small(module: PreTrainedModel) -> None:

@@ -1,6 +1,7 @@
 """Which passes does `optimized-native` attach to a model, in which order? The planned ones, as the plan lists them."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 
 from ollm_service.core.plan import BackendId, PassId
@@ -8,11 +9,17 @@ from ollm_service.core.wire import Execute
 from workers.runner.model import LoadedModel
 from workers.runner.passes.absent import AbsentPass
 from workers.runner.passes.disk_cache import DiskCache
+from workers.runner.passes.layer_offload import LayerOffload
 from workers.runner.passes.mlp_chunking import MlpChunking
 from workers.runner.passes.specialization import SpecializationPass
 
 PASSES: Mapping[PassId, Callable[[LoadedModel, Execute], SpecializationPass]] = MappingProxyType(
-    {PassId.DISK_CACHE: DiskCache, PassId.MLP_CHUNKING: MlpChunking}
+    {
+        PassId.DISK_CACHE: DiskCache,
+        PassId.CPU_OFFLOAD: partial(LayerOffload, PassId.CPU_OFFLOAD),
+        PassId.GPU_OFFLOAD: partial(LayerOffload, PassId.GPU_OFFLOAD),
+        PassId.MLP_CHUNKING: MlpChunking,
+    }
 )
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from workers.runner.raw import bytes_of, memory_of
+
 FORMAT = "ollm-kv-paged"
 SCHEMA_VERSION = 1
 PAGE_TOKENS = 128
@@ -70,7 +72,7 @@ class PageFile:
             self._note(format=FORMAT, schema_version=SCHEMA_VERSION, layer=self._layer, dtype=str(self._dtype).split(".")[-1])
         if keys_BHND.dtype != self._dtype or values_BHND.dtype != self._dtype:
             raise ValueError(f"a layer's pages are all {self._dtype}")
-        keys, values = _as_bytes(keys_BHND), _as_bytes(values_BHND)
+        keys, values = bytes_of(keys_BHND), bytes_of(values_BHND)
         page = Page(
             first_token=self.tokens,
             tokens=keys_BHND.shape[-2],
@@ -97,7 +99,7 @@ class PageFile:
         if self._dtype is None:
             return [], []
         buffer = torch.empty(self._end, dtype=torch.uint8)
-        _read_all(self._fd, _memory(buffer))
+        _read_all(self._fd, memory_of(buffer))
         self._traffic.bytes_read += self._end
         keys, values = [], []
         for page in self._pages:
@@ -136,15 +138,6 @@ class PageFile:
     def _note(self, **entry: object) -> None:
         line = memoryview(json.dumps(entry).encode() + b"\n")
         self._manifest_end = _write_all(self._manifest_fd, line, self._manifest_end)
-
-
-def _as_bytes(tensor: Tensor) -> memoryview:
-    return _memory(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8))
-
-
-def _memory(data: Tensor) -> memoryview:
-    # numpy declares the buffer protocol only from Python 3.12 on
-    return memoryview(data.numpy())  # type: ignore[arg-type]
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> int:

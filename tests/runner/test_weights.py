@@ -1,0 +1,269 @@
+"""Does a model of which layers come from disk answer as the whole one does, and what if those files are damaged?"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from ollm_service.core.passes import Applied, NotNeeded
+from ollm_service.core.plan import PassId
+from ollm_service.core.wire import AttemptFailed, Execute, Loaded
+from tests.runner.commands import answers, first_outcomes, make_command, of_kind, only, results_of, run, work_row
+from tests.runner.models import plain_greedy, save_model
+from workers.runner.engine import Engine
+from workers.runner.raw import pages
+from workers.runner.weights import repack
+from workers.runner.weights.extents import ALIGNMENT, CorruptExtents, ExtentFile, ExtentWriter, Origin
+
+OFFLOAD, CHUNKS = PassId.CPU_OFFLOAD, PassId.MLP_CHUNKING
+PROMPTS = ["one two", "a somewhat longer prompt, so that rows are padded", "3"]
+NEW_TOKENS = 8
+ORIGIN = Origin(digest="d" * 64, transformers="5")
+
+
+def nothing() -> None:
+    """What is called while weights are brought."""
+
+
+def command(model: Path, cache: Path, layers: tuple[int, ...], passes: tuple[PassId, ...] = (OFFLOAD,)) -> Execute:
+    """Answer the prompts with these layers coming from disk."""
+    rows = [work_row(index, prompt, max_new_tokens=NEW_TOKENS) for index, prompt in enumerate(PROMPTS)]
+    return make_command(model, rows, passes=passes, cache_dir=cache, disk_layers=layers, micro_batch=3)
+
+
+def weights_folder(order: Execute) -> Path:
+    """Where the model's extents are."""
+    assert order.weights_dir is not None
+    return Path(order.weights_dir, order.profile.digest)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A small model of a family, made when it is first asked for."""
+    root, made = tmp_path_factory.mktemp("families"), dict[str, Path]()
+
+    def family(name: str) -> Path:
+        if name not in made:
+            made[name] = save_model(root / name, name)
+        return made[name]
+
+    return family
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        ("llama", (0, 1)),
+        ("llama", (1,)),
+        ("gpt2", (0, 1)),
+        ("gemma3", (1, 2)),
+        ("qwen3-moe", (0, 1, 2, 3)),
+        ("qwen3-moe", (2,)),
+        ("gpt-oss", (1, 2, 3)),
+    ],
+)
+def test_streamed_layers_keep_the_tokens(
+    engine: Engine, families: Callable[[str], Path], tmp_path: Path, family: str, layers: tuple[int, ...]
+) -> None:
+    """Rows get the tokens that plain transformers gives them, and the pass shows which layers came and how many bytes."""
+    model = families(family)
+    messages = run(engine, command(model, tmp_path, layers))
+    found = {row: result.text for row, result in results_of(messages).items()}
+    assert found == {index: plain_greedy(model, prompt, NEW_TOKENS) for index, prompt in enumerate(PROMPTS)}
+    outcome = first_outcomes(messages)[OFFLOAD]
+    assert isinstance(outcome, Applied)
+    named = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+    assert outcome.evidence.startswith(f"layers {named} from disk; brought {len(layers) * NEW_TOKENS} times, ")
+
+
+def test_a_warm_model_streams_again_and_another_placement_loads_anew(families: Callable[[str], Path], tmp_path: Path) -> None:
+    """The same layers: nothing is loaded again. Others, or none: the model is loaded for them. The answers stay."""
+    model, engine = families("qwen3-moe"), Engine()
+    first = command(model, tmp_path, (1, 2))
+    whole = command(model, tmp_path, ())
+    runs = [run(engine, order) for order in (first, first, command(model, tmp_path, (3,)), whole, first)]
+    assert [only(messages, Loaded).was_warm for messages in runs] == [False, True, False, False, False]
+    texts = [{row: result.text for row, result in results_of(messages).items()} for messages in runs]
+    assert all(text == texts[0] for text in texts)
+    assert first_outcomes(runs[3])[OFFLOAD] == NotNeeded(reason="no layer to offload")
+
+
+def test_with_chunks_the_weights_reach_the_replaced_modules(
+    engine: Engine, families: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Another pass may put modules around a layer's own: the weights go where the layer's are."""
+    order = command(families("llama"), tmp_path, (0, 1), passes=(OFFLOAD, CHUNKS))
+    found = {row: result.text for row, result in answers(engine, order).items()}
+    whole = {row: result.text for row, result in answers(engine, command(families("llama"), tmp_path, ())).items()}
+    assert found == whole
+
+
+def test_weights_are_laid_out_once(families: Callable[[str], Path], tmp_path: Path) -> None:
+    """A second runner, and another placement, read the extents that the first has written."""
+    model = families("llama")
+    order = command(model, tmp_path, (0, 1))
+    answers(Engine(), order)
+    before = {path.name: path.stat().st_mtime_ns for path in weights_folder(order).iterdir()}
+    assert {"weights.extents", "manifest.jsonl", "writer.lock"} == set(before)
+    answers(Engine(), command(model, tmp_path, (1,)))
+    assert before["weights.extents"] == (weights_folder(order) / "weights.extents").stat().st_mtime_ns
+
+
+def test_a_damaged_extent_is_made_again_when_it_is_loaded(families: Callable[[str], Path], tmp_path: Path) -> None:
+    """A flipped bit in what is resident shows in the checksum while loading, and the weights are laid out once more."""
+    order = command(families("llama"), tmp_path, (1,))
+    right = answers(Engine(), order)
+    flip_a_bit(weights_folder(order), at=100)
+    assert answers(Engine(), order) == right
+
+
+def test_a_damaged_extent_found_while_streaming_ends_the_attempt_and_not_the_next(
+    families: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """No row is answered with wrong weights; the extents are gone, and the next attempt makes them again."""
+    order = command(families("llama"), tmp_path, (0, 1))
+    right = answers(Engine(), order)
+    path = weights_folder(order) / "weights.extents"
+    flip_a_bit(weights_folder(order), at=path.stat().st_size - ALIGNMENT)
+    engine = Engine()
+    failed = only(run(engine, order), AttemptFailed)
+    assert (failed.stage, failed.code, failed.is_permanent) == ("generating", "weights_corrupt", False)
+    assert answers(engine, order) == right
+
+
+def test_no_room_for_extents_is_said_in_bytes(
+    families: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is written, and without a folder it is said that one is needed."""
+    order = command(families("llama"), tmp_path, (0, 1))
+    monkeypatch.setattr(repack, "ROOM_FACTOR", 1e18)
+    failed = only(run(Engine(), replace(order, profile=replace(order.profile, weight_bytes=100))), AttemptFailed)
+    assert failed.code == "disk_full"
+    assert "bytes are needed" in failed.message
+    assert not (weights_folder(order) / "weights.extents").stat().st_size
+    nowhere = only(run(Engine(), replace(order, weights_dir=None)), AttemptFailed)
+    assert nowhere.code == "no_cache_folder"
+
+
+def flip_a_bit(folder: Path, at: int) -> None:
+    """Change one bit of the extents' bytes."""
+    with (folder / "weights.extents").open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+# ---------------------------------------------------------------------------------------- the files themselves
+
+
+def written(folder: Path, names: tuple[str, ...] = ("", "layers.0", "layers.1")) -> dict[str, torch.Tensor]:
+    """Extents of one tensor each, and what they hold."""
+    tensors = {name: torch.randn(3, 700 + index) for index, name in enumerate(names)}
+    writer = ExtentWriter(folder, ORIGIN)
+    try:
+        for name, tensor in tensors.items():
+            if name not in writer.written:
+                scale = torch.tensor(2.5, dtype=torch.bfloat16)
+                writer.append(name, [(f"{name}.weight", tensor), (f"{name}.scale", scale)], nothing)
+        writer.finish()
+    finally:
+        writer.close()
+    return tensors
+
+
+def read_back(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of one extent."""
+    source = ExtentFile(folder, ORIGIN)
+    try:
+        buffer = pages(source.extents[name].size)
+        extent = source.read(name, buffer)
+        assert extent is not None
+        return {span.name: span.of(buffer).clone() for span in extent.spans}
+    finally:
+        source.close()
+
+
+def test_extents_come_back_bit_by_bit(tmp_path: Path) -> None:
+    """Shapes, dtypes and bits; each begins at a page."""
+    tensors = written(tmp_path)
+    for name, tensor in tensors.items():
+        found = read_back(tmp_path, name)
+        assert torch.equal(found[f"{name}.weight"], tensor)
+        assert (found[f"{name}.scale"].dtype, found[f"{name}.scale"].item()) == (torch.bfloat16, 2.5)
+    source = ExtentFile(tmp_path, ORIGIN)
+    assert all(extent.offset % ALIGNMENT == extent.size % ALIGNMENT == 0 for extent in source.extents.values())
+    source.close()
+
+
+@pytest.mark.parametrize("kept_bytes", [0.3, 0.6, 0.95])
+def test_a_writer_goes_on_where_another_was_killed(tmp_path: Path, kept_bytes: float) -> None:
+    """A manifest that breaks off in the middle of a line counts up to its last whole one."""
+    written(tmp_path)
+    manifest = tmp_path / "manifest.jsonl"
+    text = manifest.read_bytes()
+    manifest.write_bytes(text[: int(len(text) * kept_bytes)])
+    whole = manifest.read_bytes().count(b"\n") - 1
+    with pytest.raises(CorruptExtents):
+        ExtentFile(tmp_path, ORIGIN)
+    writer = ExtentWriter(tmp_path, ORIGIN)
+    writer.close()
+    assert len(writer.written) == max(0, whole)
+    kept = {name: read_span(tmp_path, writer, name) for name in writer.written}
+    tensors = written(tmp_path)
+    for name in tensors:
+        expected = kept.get(name, tensors[name])
+        assert torch.equal(read_back(tmp_path, name)[f"{name}.weight"], expected)
+
+
+def read_span(folder: Path, writer: ExtentWriter, name: str) -> torch.Tensor:
+    """An extent's first tensor, straight from the file."""
+    extent = writer.written[name]
+    data = (folder / "weights.extents").read_bytes()[extent.offset : extent.offset + extent.size]
+    return extent.spans[0].of(torch.frombuffer(bytearray(data), dtype=torch.uint8)).clone()
+
+
+def test_extents_of_something_else_do_not_count(tmp_path: Path) -> None:
+    """Another model or another version of transformers: they are written anew."""
+    written(tmp_path)
+    for other in (Origin(digest="e" * 64, transformers="5"), Origin(digest="d" * 64, transformers="6")):
+        with pytest.raises(CorruptExtents, match="holds no whole model"):
+            ExtentFile(tmp_path, other)
+    writer = ExtentWriter(tmp_path, Origin(digest="e" * 64, transformers="5"))
+    writer.close()
+    assert writer.written == {}
+
+
+def test_a_file_that_is_too_short_is_refused(tmp_path: Path) -> None:
+    """Before anything is read from it."""
+    written(tmp_path)
+    path = tmp_path / "weights.extents"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorruptExtents, match="too short"):
+        ExtentFile(tmp_path, ORIGIN)
+
+
+def test_reading_stops_when_it_is_told_to(tmp_path: Path) -> None:
+    """Nothing is given of an extent that was not read to its end."""
+    written(tmp_path)
+    source = ExtentFile(tmp_path, ORIGIN)
+    assert source.read("", pages(source.extents[""].size), lambda: True) is None
+    source.close()
+
+
+def test_every_message_of_a_streaming_plan_is_one_of_the_protocol(
+    engine: Engine, families: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What was measured holds the bytes read: at least each layer once a token."""
+    order = command(families("qwen3-moe"), tmp_path, (1, 2))
+    messages = run(engine, order)
+    measured = messages[-1].measured  # type: ignore[union-attr]
+    source = ExtentFile(weights_folder(order), Origin(digest=order.profile.digest, transformers=transformers.__version__))
+    a_pass = sum(source.extents[f"model.layers.{layer}"].size for layer in (1, 2))
+    source.close()
+    assert measured["layers_brought"] == 2 * NEW_TOKENS
+    assert a_pass * NEW_TOKENS <= measured["weight_bytes_read"] <= a_pass * (NEW_TOKENS + 2)
+    assert not of_kind(messages, AttemptFailed)

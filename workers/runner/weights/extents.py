@@ -1,0 +1,242 @@
+"""How do a model's weights lie on disk, so that one read brings a whole layer?
+
+A folder holds `weights.extents`, the raw bytes, and `manifest.jsonl`: a line that says what the folder is, one for each extent,
+and a last one once all are there. An extent is one layer, or `""` for everything that is in no layer. It begins at a multiple of
+`ALIGNMENT` and is padded to one, as direct I/O wants it; in it tensors lie one after another as torch has them in memory, each at
+a multiple of `TENSOR_ALIGNMENT`, under the names that transformers' modules give them. No pickle.
+
+An extent's line is written when its bytes are on the disk. A writer that was killed goes on behind the last whole line.
+"""
+
+import contextlib
+import json
+import os
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.runner.raw import bytes_of, memory_of, pages
+
+FORMAT, SCHEMA_VERSION = "ollm-extents", 1
+ALIGNMENT, TENSOR_ALIGNMENT = 4096, 64
+CHUNK_BYTES = 8 * 1024**2
+_DATA, _MANIFEST = "weights.extents", "manifest.jsonl"
+
+
+class CorruptExtents(Exception):
+    """What lies on the disk is not what was written there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """One tensor: where it begins in its extent, and what it is."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+    def of(self, extent: Tensor) -> Tensor:
+        """A view of it in the extent's bytes."""
+        return extent[self.offset : self.offset + self.size].view(getattr(torch, self.dtype)).view(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """Where a layer lies in the file; `size` is padded, `checksum` the CRC-32 of all of it."""
+
+    name: str
+    offset: int
+    size: int
+    checksum: int
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What extents were made of. Others are of no use: transformers may name and join weights differently in another version."""
+
+    digest: str
+    transformers: str
+
+    def header(self) -> dict[str, Any]:
+        """The manifest's first line."""
+        return {"format": FORMAT, "schema_version": SCHEMA_VERSION, "digest": self.digest, "transformers": self.transformers}
+
+
+class ExtentWriter:
+    """Writes extents into a folder that it owns, beginning behind those that are there already. Close it in any case."""
+
+    def __init__(self, folder: Path, origin: Origin) -> None:
+        """Raises OSError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.written, lines = _read_manifest(folder, origin)
+        self._end = max((extent.offset + extent.size for extent in self.written.values()), default=0)
+        self._data = os.open(folder / _DATA, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._manifest = os.open(folder / _MANIFEST, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        os.ftruncate(self._data, self._end)
+        for line in lines or [origin.header()]:
+            self._note(line)
+
+    def append(self, name: str, tensors: Iterable[tuple[str, Tensor]], visit: Callable[[], None]) -> None:
+        """Write one extent, its tensors as they come; `visit` is called after each. Raises OSError, as when the disk is full."""
+        spans: list[Span] = []
+        at = checksum = 0
+        for tensor_name, tensor in tensors:
+            data = bytes_of(tensor)
+            padding = bytes(-at % TENSOR_ALIGNMENT)
+            start = at + len(padding)
+            spans.append(
+                Span(
+                    name=tensor_name,
+                    dtype=str(tensor.dtype).removeprefix("torch."),
+                    shape=tuple(tensor.shape),
+                    offset=start,
+                    size=len(data),
+                )
+            )
+            for part in (memoryview(padding), data):
+                checksum = zlib.crc32(part, checksum)
+                self._write(part, self._end + at)
+                at += len(part)
+            visit()
+        tail = bytes(-at % ALIGNMENT)
+        self._write(memoryview(tail), self._end + at)
+        extent = Extent(name=name, offset=self._end, size=at + len(tail), checksum=zlib.crc32(tail, checksum), spans=tuple(spans))
+        os.fsync(self._data)
+        self._note(_line_of(extent))
+        self._end += extent.size
+        self.written[name] = extent
+
+    def finish(self) -> None:
+        """Everything is there."""
+        self._note({"extents": len(self.written)})
+
+    def close(self) -> None:
+        """Leave what is written."""
+        os.close(self._data)
+        os.close(self._manifest)
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        while data:
+            count = os.pwrite(self._data, data, offset)
+            data, offset = data[count:], offset + count
+
+    def _note(self, entry: Mapping[str, Any]) -> None:
+        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+        if os.write(self._manifest, line) != len(line):
+            raise OSError("the disk is full")
+        os.fsync(self._manifest)
+
+
+class ExtentFile:
+    """The extents of one folder, for reading. It is closed with the last who uses it, or before that by `close`."""
+
+    def __init__(self, folder: Path, origin: Origin) -> None:
+        """Raises CorruptExtents where they are not all there, OSError where the file cannot be opened."""
+        self.extents, lines = _read_manifest(folder, origin)
+        if not lines or "extents" not in lines[-1]:
+            raise CorruptExtents(f"{folder} holds no whole model")
+        self._folder = folder
+        self._verified: set[str] = set()
+        path = folder / _DATA
+        if path.stat().st_size < max(extent.offset + extent.size for extent in self.extents.values()):
+            raise CorruptExtents(f"{path} is too short")
+        self._fd, self.is_direct = _open_to_read(path)
+        self._finalize = weakref.finalize(self, os.close, self._fd)
+        self.bytes_read = 0
+
+    def read(self, name: str, into: Tensor, is_stopped: Callable[[], bool] = lambda: False) -> Extent | None:
+        """Read an extent into the first of `into`'s bytes, which begin at a page. None when it was stopped in between.
+
+        The checksum is looked at when an extent is read for the first time. Raises CorruptExtents and OSError.
+        """
+        extent = self.extents[name]
+        buffer, at = memory_of(into)[: extent.size], 0
+        while at < extent.size:
+            if is_stopped():
+                return None
+            count = os.preadv(self._fd, [buffer[at : at + CHUNK_BYTES]], extent.offset + at)
+            if count == 0:
+                raise CorruptExtents(f"extent `{name}` ends after {at:,} of {extent.size:,} bytes")
+            at += count
+        self.bytes_read += extent.size
+        if name not in self._verified:
+            if zlib.crc32(buffer) != extent.checksum:
+                raise CorruptExtents(f"extent `{name}` has another checksum than when it was written")
+            self._verified.add(name)
+        return extent
+
+    def delete(self) -> None:
+        """Delete the files of the folder; whoever has them open can go on reading. Raises OSError."""
+        delete_extents(self._folder)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._finalize()
+
+
+def delete_extents(folder: Path) -> None:
+    """Delete the files that make up extents. Raises OSError."""
+    for name in (_MANIFEST, _DATA):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _open_to_read(path: Path) -> tuple[int, bool]:
+    """Past the page cache where the file system can do that, so that a model larger than memory pushes nothing out of it."""
+    flags, direct = os.O_RDONLY | os.O_CLOEXEC, getattr(os, "O_DIRECT", 0)
+    with contextlib.suppress(OSError):  # some refuse at once, others at the first read
+        fd = os.open(path, flags | direct)
+        try:
+            os.preadv(fd, [memory_of(pages(ALIGNMENT))], 0)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd, bool(direct)
+    return os.open(path, flags), False
+
+
+def _line_of(extent: Extent) -> dict[str, Any]:
+    spans = [[span.name, span.dtype, span.shape, span.offset, span.size] for span in extent.spans]
+    return {
+        "name": extent.name,
+        "offset": extent.offset,
+        "size": extent.size,
+        "crc32": extent.checksum,
+        "tensors": spans,
+    }
+
+
+def _read_manifest(folder: Path, origin: Origin) -> tuple[dict[str, Extent], list[dict[str, Any]]]:
+    """The extents that are there, and the manifest's whole lines; nothing of another origin."""
+    try:
+        text = (folder / _MANIFEST).read_bytes()
+    except FileNotFoundError:
+        return {}, []
+    lines: list[dict[str, Any]] = []
+    extents: dict[str, Extent] = {}
+    for line in text.split(b"\n")[:-1]:
+        try:
+            entry = json.loads(line)
+            if "name" in entry:
+                extent = _extent_of(entry)
+                extents[extent.name] = extent
+        except (ValueError, KeyError, TypeError):
+            break
+        lines.append(entry)
+    return (extents, lines) if lines[:1] == [origin.header()] else ({}, [])
+
+
+def _extent_of(entry: Mapping[str, Any]) -> Extent:
+    spans = tuple(
+        Span(name=name, dtype=dtype, shape=tuple(shape), offset=offset, size=size)
+        for name, dtype, shape, offset, size in entry["tensors"]
+    )
+    return Extent(name=entry["name"], offset=entry["offset"], size=entry["size"], checksum=entry["crc32"], spans=spans)

@@ -1,0 +1,128 @@
+"""How do a checkpoint's weights become extents? Once for each model, through transformers' own loader.
+
+Checkpoints do not hold what modules hold: transformers renames and joins weights while it loads them, so that only what it has
+loaded can be streamed. It is asked to keep all weights on disk, which takes no more memory than the largest of them.
+"""
+
+import fcntl
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import transformers
+from accelerate import init_empty_weights
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from workers.runner.weights.checkpoint import load_checkpoint
+from workers.runner.weights.extents import CorruptExtents, ExtentFile, ExtentWriter, Origin, delete_extents
+from workers.runner.weights.streaming import layer_names
+
+# Beside the extents there has to be room for what transformers joins, which it writes before it is read: at most the model again.
+ROOM_FACTOR = 2.05
+_LOCK, _SCRATCH = "writer.lock", "loading"
+_WAIT_SECONDS = 0.2
+
+
+class NoRoomForExtents(Exception):
+    """The disk has too little room for a second form of the weights."""
+
+
+def skeleton(model_dir: Path) -> PreTrainedModel:
+    """The model without its weights, which are on the meta device; buffers that no checkpoint holds are there."""
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
+    with init_empty_weights(include_buffers=False):
+        module: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]  # transformers does not annotate it
+            config, dtype=config.dtype, trust_remote_code=False
+        )
+    if module.can_generate() and (model_dir / "generation_config.json").is_file():
+        module.generation_config = GenerationConfig.from_pretrained(model_dir, local_files_only=True)
+    module.train(mode=False).requires_grad_(requires_grad=False)
+    return module
+
+
+def open_extents(model_dir: Path, folder: Path, digest: str, weight_bytes: int, visit: Callable[[], None]) -> ExtentFile:
+    """The model's extents in `folder`, which are made where they are not there. `visit` is called while that gets on.
+
+    Raises NoRoomForExtents, OSError, and whatever transformers raises for a checkpoint that it cannot load.
+    """
+    origin = Origin(digest=digest, transformers=transformers.__version__)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / _LOCK, visit):
+        try:
+            return ExtentFile(folder, origin)
+        except (CorruptExtents, FileNotFoundError):
+            _repack(model_dir, folder, origin, weight_bytes, visit)
+            return ExtentFile(folder, origin)
+
+
+def forget_extents(folder: Path, visit: Callable[[], None]) -> None:
+    """Delete extents that have turned out to be corrupt, so that they are made again. Raises OSError."""
+    with _locked(folder / _LOCK, visit):
+        delete_extents(folder)
+
+
+def _repack(model_dir: Path, folder: Path, origin: Origin, weight_bytes: int, visit: Callable[[], None]) -> None:
+    writer, scratch = ExtentWriter(folder, origin), folder / _SCRATCH
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)  # of a writer that was killed; the lock is ours
+        there = sum(extent.size for extent in writer.written.values())
+        needed, free = int(weight_bytes * ROOM_FACTOR) - there, shutil.disk_usage(folder).free
+        if needed > free:
+            raise NoRoomForExtents(f"{needed:,} bytes are needed in {folder} to lay the weights out by layers, {free:,} are free")
+        scratch.mkdir()
+        module, loader = _loaded_on_disk(model_dir, scratch)
+        for name, tensors in _by_layer(module).items():
+            if name not in writer.written:
+                writer.append(name, ((key, _from(loader, key, kept)) for key, kept in tensors.items()), visit)
+        writer.finish()
+    finally:
+        writer.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _loaded_on_disk(model_dir: Path, scratch: Path) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
+    """The model with everything on disk, and its weights by the names of its modules, read when they are asked for."""
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what we ask for
+    module = load_checkpoint(model_dir, device_map={"": "disk"}, offload_folder=str(scratch))
+    hooks = [hook for child in module.modules() if (hook := getattr(child, "_hf_hook", None)) is not None]
+    weights = next(hook.weights_map for hook in hooks if hook.weights_map)
+    loader = weights.dataset if isinstance(weights, PrefixedDataset) else weights
+    assert isinstance(loader, OffloadedWeightsLoader)
+    remove_hook_from_submodules(module)
+    return module, loader
+
+
+def _from(loader: Mapping[str, Tensor], key: str, kept: Tensor) -> Tensor:
+    """A weight in the dtype that its module has it in; buffers are in memory already."""
+    return loader[key].to(kept.dtype) if kept.is_meta else kept
+
+
+def _by_layer(module: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
+    """The model's parameters by layer; `""` has those of no layer, and all buffers that checkpoints hold. Tied ones once."""
+    layers = layer_names(module)
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in ("", *layers)}
+    parameters = dict(module.named_parameters())
+    for key, tensor in parameters.items():
+        found[next((name for name in layers if key.startswith(f"{name}.")), "")][key] = tensor
+    found[""] |= {key: tensor for key, tensor in module.named_buffers() if key in module.state_dict()}
+    return found
+
+
+@contextmanager
+def _locked(path: Path, visit: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock that the kernel drops with the process; `visit` is called while another runner holds it."""
+    with path.open("wb") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                visit()
+                time.sleep(_WAIT_SECONDS)
+        yield
