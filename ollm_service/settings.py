@@ -34,6 +34,10 @@ class Settings(BaseSettings):
     cache_dir: Path | None = Field(None, description="Folder for KV files (worker); unset: `kv` in the data folder.")
     node: str = Field("", description="Stable name of this machine (worker); unset: the host name.")
     worker_labels: str = Field("", description="Labels of this worker, such as `zone=home,rack=2`; numbers compare as numbers.")
+    allow_downloads: bool = Field(False, description="Whether this worker may fetch models from the hub, with its `HF_TOKEN`.")
+    download_repos: str = Field(
+        "", description="The only repositories that it may fetch, such as `unsloth/*,org/name`; unset: any (worker)."
+    )
     slots: int = Field(1, ge=1, le=64, description="Plans that this worker runs at a time, each in a runner of its own.")
     lease_seconds: float = Field(
         30.0, ge=1, le=3600, description="How long a worker may be silent before its plans are requeued."
@@ -83,6 +87,11 @@ class Settings(BaseSettings):
     def effective_node(self) -> str:
         """The name of this machine."""
         return self.node or socket.gethostname()
+
+    @property
+    def downloadable(self) -> tuple[str, ...]:
+        """The patterns of the repositories that this worker may fetch; none: any."""
+        return tuple(filter(None, (pattern.strip() for pattern in self.download_repos.split(","))))
 
     @property
     def labels(self) -> Attributes:

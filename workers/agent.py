@@ -24,6 +24,7 @@ from ollm_service.core.matching import Match, match
 from ollm_service.core.retry import Failure
 from ollm_service.store.database import Store
 from workers.attempt import Attempt, Ending, Patience, Surroundings
+from workers.downloads import Downloader
 from workers.hints import Hints
 from workers.inventory import Inventory
 from workers.lease import Lease, boot_clock
@@ -49,6 +50,14 @@ class Terms:
     patience: Patience
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """Where this worker's models come from: what lies in its models root, and what is fetched into it."""
+
+    shelf: ModelShelf
+    downloader: Downloader
+
+
 class _Word(Enum):
     WAKE = auto()
     FREE = auto()
@@ -68,7 +77,7 @@ class Agent:
         worker_id: str,
         store: Store,
         inventory: Inventory,
-        shelf: ModelShelf,
+        models: Models,
         slots: Slots,
         terms: Terms,
         *,
@@ -78,7 +87,8 @@ class Agent:
         self.worker_id = worker_id
         self._store = store
         self._inventory = inventory
-        self._shelf = shelf
+        self._shelf = models.shelf
+        self._downloader = models.downloader
         self._slots = slots
         self._terms = terms
         self._hints = hints
@@ -127,6 +137,7 @@ class Agent:
         self._register()
         self._guard.start()
         self._thread.start()
+        self._downloader.start(self._known_capabilities)
         capabilities = self._known_capabilities()
         _log.info("worker-started", extra={"worker_id": self.worker_id, "node": capabilities.node, "slots": capabilities.slots})
 
@@ -230,13 +241,13 @@ class Agent:
         self._schedule.poll_now()
 
     def _discover(self) -> None:
-        """Match ourselves against the classes that we have not seen."""
+        """Match ourselves against the classes that we have not seen. Plans of a model that nobody has wait for another class."""
         capabilities = self._known_capabilities()
         for known in self._store.leases.new_classes(self._seen_seq):
             self._seen_seq = max(self._seen_seq, known.seq)
             if known.requirements is None:
                 _log.warning("class-unreadable", extra={"worker_id": self.worker_id, "class_id": known.class_id})
-            elif isinstance(match(known.requirements, capabilities), Match):
+            elif known.requirements.download is None and isinstance(match(known.requirements, capabilities), Match):
                 self._models_of[known.class_id] = known.requirements.model_digest
                 self._classes |= {known.class_id}
 
@@ -292,6 +303,7 @@ class Agent:
     def _begin_drain(self) -> None:
         if self._drain_at is None:
             self._drain_at = self._clock() + self._terms.drain_seconds
+            self._downloader.stop()
             _log.info("draining", extra={"worker_id": self.worker_id, "running": len(self._leases)})
 
     def _leave_by_itself(self, code: int) -> None:
@@ -302,6 +314,7 @@ class Agent:
     def _leave(self) -> None:
         """Nothing runs any more: say good-bye and give everything back."""
         try:
+            self._downloader.wait()
             self._shelf.stop()
             for slot in self._slots.all:
                 slot.close()

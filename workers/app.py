@@ -23,10 +23,12 @@ from ollm_service.core.ids import new_id
 from ollm_service.inspection import DigestCache
 from ollm_service.settings import MEMORY_BROKER, Settings
 from ollm_service.store.database import Store, open_database
-from workers.agent import Agent, Terms
+from workers.agent import Agent, Models, Terms
 from workers.attempt import Patience
+from workers.downloads import Downloader, download_environment
 from workers.hints import SILENT_SECONDS, Hints
 from workers.inventory import Inventory
+from workers.lease import boot_clock
 from workers.log_lines import set_up_logging
 from workers.model_shelf import RESCAN_SECONDS, ModelShelf
 from workers.probe import Claims, Probe
@@ -35,6 +37,7 @@ from workers.supervisor import DEFAULT_COMMAND, RunnerProcess, Spawner
 
 START_SECONDS = 5.0  # how long the database may take to answer at the start
 DIGESTS = "digests.json"
+HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _log = logging.getLogger(__name__)
 
 
@@ -181,6 +184,8 @@ def make_agent(
         slots=settings.slots,
         labels=settings.labels,
         has_own_runner=not settings.runner_command,
+        may_download=settings.allow_downloads,
+        downloadable=settings.downloadable,
     )
     spawner = Spawner()
     slots = Slots([Slot(number, RunnerProcess(spawner, command, environment=environment)) for number in range(settings.slots)])
@@ -191,13 +196,17 @@ def make_agent(
         drain_seconds=settings.drain_seconds,
         patience=patience or Patience(stall=settings.stall_seconds),
     )
-    return Agent(worker_id, store, inventory, shelf, slots, terms, hints=hints, on_end=on_end)
+    downloader = Downloader(
+        worker_id, store.downloads, shelf, settings.models_dir, download_environment(os.environ), clock=boot_clock
+    )
+    models = Models(shelf=shelf, downloader=downloader)
+    return Agent(worker_id, store, inventory, models, slots, terms, hints=hints, on_end=on_end)
 
 
 def _runner_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What runners see: no secrets of ours, no hub, and GPUs numbered as the driver numbers them."""
-    ours = {name: value for name, value in environment.items() if not name.startswith("OLLM_")}
-    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **ours}
+    """What runners see: no secrets of ours and none of the hub's, no hub, and GPUs numbered as the driver numbers them."""
+    kept = {name: value for name, value in environment.items() if not name.startswith("OLLM_") and name not in HUB_TOKENS}
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **kept}
 
 
 def _end_celery(code: int) -> None:

@@ -28,6 +28,7 @@ class ModelShelf:
         self._models: tuple[ModelProfile, ...] = ()
         self._fingerprints: dict[str, _Fingerprint] = {}
         self._stop = threading.Event()
+        self._again = threading.Event()
         self._scanned = threading.Event()
         self._thread = threading.Thread(target=self._run, name="models", daemon=True)
 
@@ -44,9 +45,14 @@ class ModelShelf:
         """Wait until everything was looked at once; False after `timeout` seconds."""
         return self._scanned.wait(timeout)
 
+    def look_again(self) -> None:
+        """There is something new: do not wait for the next look."""
+        self._again.set()
+
     def stop(self) -> None:
         """Stop looking, also in the middle of a file."""
         self._stop.set()
+        self._again.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
 
@@ -60,7 +66,8 @@ class ModelShelf:
                 _log.warning("models-unreadable", extra={"root": str(self._root), "error": str(error)})
                 self._models = ()
             self._scanned.set()
-            self._stop.wait(self._rescan_seconds)
+            if self._again.wait(self._rescan_seconds):
+                self._again.clear()
 
     def _scan(self) -> None:
         # What changed on disk is taken off the shelf before its new content is read.

@@ -33,13 +33,16 @@ _log = logging.getLogger(__name__)
 class Claims:
     """What the operator says of this worker, and how its runner is started.
 
-    `has_own_runner` is true where runners of our own kind are started, which need torch and transformers here.
+    `has_own_runner` is true where runners of our own kind are started, which need torch and transformers here. `may_download`:
+    models may be fetched from the hub, of repositories that fit a pattern in `downloadable` where there are any.
     """
 
     node: str
     slots: int
     labels: Attributes = field(default_factory=dict)
     has_own_runner: bool = True
+    may_download: bool = False
+    downloadable: tuple[str, ...] = ()
 
 
 class Probe:
@@ -72,6 +75,8 @@ class Probe:
             no_adapters_because=NOT_IN_THIS_ENGINE,
             models=models,
             cache_disk=None if reason else self._cache_disk(next(iter(cache_folders))),
+            may_download=self._claims.may_download,
+            downloadable=self._claims.downloadable,
             labels=self._claims.labels,
             versions=self._versions,
         )
