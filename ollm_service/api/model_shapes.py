@@ -125,6 +125,8 @@ def pull_body(pulled: Pulled) -> PullBody:
 
 def _held_body(model: FleetModel, downloads: Iterable[DownloadView]) -> ModelBody:
     profile = model.profile
+    # Why it once could not be fetched is no news where it is there.
+    telling = [found for found in downloads if not (profile.is_usable and found.state.is_final)]
     return ModelBody(
         id=profile.name,
         digest=profile.digest,
@@ -144,7 +146,7 @@ def _held_body(model: FleetModel, downloads: Iterable[DownloadView]) -> ModelBod
         unsafe_because=profile.unsafe_because,
         nodes=sorted({worker.node for worker in model.workers}),
         workers=[worker.worker_id for worker in model.workers],
-        downloads=[download_body(download) for download in downloads],
+        downloads=[download_body(download) for download in telling],
     )
 
 

@@ -7,6 +7,9 @@ from ollm_service.core.errors import InvalidReference, shown
 from ollm_service.core.reference import ModelReference, parse_reference
 from ollm_service.core.resolution import catalog_entry
 
+# A folder of such a name is read as the hub cache's own, or not at all.
+_TAKEN = ("models--", "datasets--", "spaces--")
+
 
 class DownloadState(StrEnum):
     """How far a download is.
@@ -67,6 +70,8 @@ def _why_not(parsed: ModelReference) -> str | None:
         return "it is a path on the workers' own disks"
     if parsed.digest is not None:
         return "a digest says what a model is, not where it is found"
+    if parsed.is_hub_id and parsed.directory_name.startswith(_TAKEN):
+        return "its folder's name is one that the hub's own cache uses"
     if catalog_entry(parsed) is None and not parsed.is_hub_id:
         return "it names neither an alias nor a repository of the hub"
     return None

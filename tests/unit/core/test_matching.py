@@ -201,6 +201,17 @@ def test_a_requirement_that_is_not_made_refuses_nobody() -> None:
     assert match(Requirements(backend_id=BACKEND, download="org/name"), fetcher) == Match()
 
 
+def test_a_worker_fetches_what_its_operator_lists() -> None:
+    """A pattern is for the repository, whatever the revision; without patterns it may fetch anything, and nothing without leave."""
+    listed = capabilities(models=(), may_download=True, downloadable=("unsloth/*", "org/name"))
+    assert match(Requirements(backend_id=BACKEND, download="org/name@v1"), listed) == Match()
+    assert match(Requirements(backend_id=BACKEND, download="unsloth/any"), listed) == Match()
+    assert match(Requirements(backend_id=BACKEND, download="org/names"), listed) == NoMatch(
+        reasons=("model org/names: not here, and this worker may not download anything but unsloth/*, org/name",)
+    )
+    assert not capabilities(downloadable=("org/*",)).may_fetch("org/name")
+
+
 def test_a_fleet_match_keeps_eligible_and_refused_apart() -> None:
     """Each worker stands in one of the two, the refused ones with their reasons."""
     found = match_fleet(
