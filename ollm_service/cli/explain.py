@@ -1,13 +1,12 @@
 """Which command says why rows wait? Where they are, what stands in their way, and what giving that up would bring."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Annotated, Any
 
 import typer
 
-from ollm_service.cli.output import AsJson, bytes_in_words, count, print_facts, print_json, say
+from ollm_service.cli.output import AsJson, bytes_in_words, count, print_facts, print_json, reason_in_words, say
 from ollm_service.cli.plans import print_plan
 from ollm_service.cli.preview import duration
 from ollm_service.client import Client, Plan
@@ -16,8 +15,6 @@ from ollm_service.core.errors import printable
 Json = Mapping[str, Any]
 MOST_WORKERS = 20
 MOST_ROWS = 10
-# A number of bytes in a reason: one that says so, or one of at least seven digits, which is never a number of tokens.
-_BYTES = re.compile(r"\d[\d,]* bytes|\d{1,3}(?:,\d{3}){2,}")
 
 
 def explain(
@@ -139,7 +136,7 @@ def _rows(rows: Sequence[int]) -> str:
 def _standing(worker: Json) -> str:
     """What a connected worker says."""
     if worker["reasons"]:
-        return f"cannot: {_in_words('; '.join(worker['reasons']))}"
+        return f"cannot: {reason_in_words('; '.join(worker['reasons']))}"
     placement = worker["placement"]
     if placement is not None:
         return f"fits: {placement['tier']} on {placement['device_id']}, {count(placement['micro_batch'], 'row')} at a time"
@@ -156,7 +153,7 @@ def _offline(worker: Json) -> str:
     if worker["state"] == "draining":
         since = "finishes what it has, then leaves"
     if worker["reasons"]:
-        return f"{since}; cannot: {_in_words('; '.join(worker['reasons']))}"
+        return f"{since}; cannot: {reason_in_words('; '.join(worker['reasons']))}"
     if worker["fits_when_free"] or not worker["refused"]:
         return f"{since}; fits; its plans start by themselves when it returns"
     return f"{since}; {_shortage(worker)}"
@@ -179,15 +176,6 @@ def _parts(estimate: Json) -> str:
     work = sum(estimate[part] for part in ("activations", "logits", "masks", "workspace"))
     figures = {"KV": estimate["kv"], "weights": estimate["weights"], "work": work}
     return ", ".join(f"{name} {bytes_in_words(size)}" for name, size in figures.items())
-
-
-def _in_words(reason: str) -> str:
-    """A reason with its bytes as a person reads them."""
-
-    def words(found: re.Match[str]) -> str:
-        return bytes_in_words(int(found[0].removesuffix(" bytes").replace(",", "")))
-
-    return _BYTES.sub(words, reason)
 
 
 def _print_aligned(lines: Iterable[Sequence[str]]) -> None:

@@ -1,6 +1,7 @@
 """How does a command speak? Tables and sentences to people, JSON to programs, errors as sentences and exit codes."""
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
@@ -26,6 +27,9 @@ WRONG_INPUT = 2
 NOT_EXECUTABLE = 3
 _WRONG_INPUT = (InvalidOption, InvalidReference, InvalidExpression, ModelNotFound, MisconfiguredService)
 _LINE_BREAKS = str.maketrans({0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"})
+
+# A number of bytes in a reason: one that says so, or one of at least seven digits, which is never a number of tokens.
+_BYTES = re.compile(r"\d[\d,]* bytes|\d{1,3}(?:,\d{3}){2,}")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON: one object, or one on each line.")]
 
@@ -91,9 +95,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         Console(markup=False, highlight=False).print(table)
         return
     lines = [list(columns), *texts]
-    widths = [max(len(line[number]) for line in lines) for number in range(len(columns))]
+    widths = [max(_width(line, number) for line in lines) for number in range(len(columns))]
     for line in lines:
         say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _width(line: Sequence[str], number: int) -> int:
+    """What a cell takes of its column: nothing where it ends its line, as a remark below a row does, or a reason in its place."""
+    return len(line[number]) if any(line[number + 1 :]) else 0
 
 
 def print_facts(facts: Mapping[str, object]) -> None:
@@ -114,6 +123,15 @@ def bytes_in_words(size: int | float | None) -> str:
             break
         amount /= 1024
     return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
+
+
+def reason_in_words(reason: str) -> str:
+    """A reason with its bytes as a person reads them."""
+
+    def words(found: re.Match[str]) -> str:
+        return bytes_in_words(int(found[0].removesuffix(" bytes").replace(",", "")))
+
+    return _BYTES.sub(words, reason)
 
 
 def count(number: int, noun: str) -> str:

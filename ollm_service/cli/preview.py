@@ -1,6 +1,8 @@
 """What would run where, how, and when would it be done? The quote of a job, in words that a person would use."""
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,12 +12,26 @@ from ollm_service.cli import previewed_files
 from ollm_service.cli.input_rows import STDIN, read_rows
 from ollm_service.cli.offline import preview_offline
 from ollm_service.cli.options import Choices, takes_choices
-from ollm_service.cli.output import NOT_EXECUTABLE, AsJson, bytes_in_words, count, print_facts, print_json, print_table, say
+from ollm_service.cli.output import (
+    NOT_EXECUTABLE,
+    AsJson,
+    bytes_in_words,
+    count,
+    print_facts,
+    print_json,
+    print_table,
+    reason_in_words,
+    say,
+)
 from ollm_service.client import Client, Preview
 from ollm_service.core.errors import InvalidOption, printable
+from ollm_service.core.estimates import MemoryEstimate
+from ollm_service.core.quote import NOTICEABLE_PART, NOTICEABLE_SECONDS
+from ollm_service.core.wire import from_json
 
 GIB = 1024**3
 MINUTE, HOUR, DAY = 60, 3600, 86_400
+MOST_NAMED = 5
 SELECTOR = "strategy_selector_"
 
 
@@ -122,49 +138,108 @@ def _show_quote(found: Preview, quote: Mapping[str, Any]) -> None:
     ]
     say(" · ".join(fact for fact in facts if fact))
     say(_when(quote))
+    _show_ahead(quote)
     say("")
     taking_part = sorted(quote["workers"], key=lambda worker: (-worker["share"], worker["name"]))
-    print_table(("WORKER", "HOW", "BATCH", "MEMORY GiB", "ROWS/H", "SHARE"), _lines(taking_part))
+    is_long = quote["seconds"] is not None and quote["seconds"] >= NOTICEABLE_SECONDS
+    lines = [line for worker in taking_part for line in _lines(worker, quote["seconds"] if is_long else None)]
+    print_table(("WORKER", "HOW", "BATCH", "MEMORY GiB", "ROWS/H", "SHARE"), lines)
     say("")
     _show_long_rows(quote, taking_part)
-    _show_better(taking_part)
+    _show_leave_out(quote)
 
 
-def _lines(workers: Iterable[Mapping[str, Any]]) -> Iterable[Sequence[object]]:
-    for worker in workers:
-        placement = worker["placement"]
-        if placement is None:
-            yield (worker["name"], f"not used: {'; '.join(worker['refused'])}", "", "", "", "")
-            continue
-        needed = sum(placement["estimate"][part] for part in ("weights", "kv", "activations", "logits", "workspace"))
-        rate = f"{worker['rows_an_hour']:,.0f}" if worker["rate"] else "unknown"
-        yield (
-            worker["name"],
-            f"{placement['tier']}, {worker['device']['device_id']}",
-            placement["micro_batch"],
-            f"{needed / GIB:.1f}/{worker['free_bytes'] / GIB:.1f}",
-            rate,
-            f"{worker['share']:.0%}",
+def _show_ahead(quote: Mapping[str, Any]) -> None:
+    """What of other jobs comes first, and when this one begins."""
+    if quote["plans_ahead"]:
+        begins = min((at for worker in quote["workers"] if (at := worker["begins_seconds"]) is not None), default=None)
+        when = (
+            ""
+            if begins is None
+            else f"; this one begins in about {duration(begins)}"
+            if begins >= 1
+            else "; this one begins at once"
         )
+        say(f"{_plans(quote['plans_ahead'])} first{when}.")
+    if quote["plans_not_counted"]:
+        say(f"{_plans(quote['plans_not_counted'])} first and are not counted: how long that takes is not known.")
+
+
+def _plans(number: int) -> str:
+    return f"{count(number, 'plan')} of other jobs {'comes' if number == 1 else 'come'}"
+
+
+def _lines(worker: Mapping[str, Any], job_seconds: float | None) -> Iterable[Sequence[object]]:
+    """A worker's line, and below it what would be better and has no room, and whether it is of any use to a long job."""
+    placement = worker["placement"]
+    if placement is None:
+        yield (worker["name"], f"not used: {reason_in_words('; '.join(worker['refused']))}", *[""] * 4)
+        return
+    yield (
+        worker["name"],
+        _how(placement),
+        placement["micro_batch"],
+        f"{_needed(placement['estimate']) / GIB:.1f}/{worker['free_bytes'] / GIB:.1f}",
+        f"{worker['rows_an_hour']:,.0f}" if worker["rate"] else "unknown",
+        f"{worker['share']:.0%}",
+    )
+    for tier in placement["refused"]:
+        if tier["short_of"] is not None:
+            what = "" if tier["short_of"] == "memory" else f" of {tier['short_of']}"
+            short = bytes_in_words(tier["needed_bytes"] - tier["free_bytes"])
+            yield ("", f"{tier['tier']} on {tier['device_id']}: {short}{what} short", *[""] * 4)
+    saves = worker["saves_seconds"]
+    if job_seconds is not None and saves is not None and saves < min(NOTICEABLE_SECONDS, NOTICEABLE_PART * job_seconds):
+        yield ("", f"saves under {duration(NOTICEABLE_SECONDS)}" if saves > 0 else "saves no time", *[""] * 4)
+
+
+def _how(placement: Mapping[str, Any]) -> str:
+    """`all on device, cpu`, or where the layers are: `4 layers on cuda:0, 28 from RAM`."""
+    moved = {"RAM": placement["layers_in_host"], "disk": placement["layers_on_disk"]}
+    if not any(moved.values()):
+        return f"{placement['tier']}, {placement['device_id']}"
+    there = f"{count(placement['layers_on_device'], 'layer')} on {placement['device_id']}"
+    parts = [there, *(f"{layers} from {place}" for place, layers in moved.items() if layers)]
+    return ", ".join(parts) + ("; KV cache in files" if placement["estimate"]["disk"] else "")
+
+
+def _needed(estimate: Mapping[str, Any]) -> int:
+    """What has to be free on the device."""
+    return from_json(MemoryEstimate, estimate).device_bytes
 
 
 def _show_long_rows(quote: Mapping[str, Any], workers: Iterable[Mapping[str, Any]]) -> None:
+    """Which rows fit only some workers, by the longest row that each of them holds."""
+    able = [worker for worker in workers if worker["placement"] is not None]
+    # What is left out of a worker's rows is left out by all that hold no longer ones.
+    limits = sorted({(worker["longest_row_tokens"], worker["left_out_rows"]) for worker in able if worker["left_out_rows"]})
+    for (limit, left_out), (further, fewer) in pairwise([*limits, (None, 0)]):
+        names = sorted({worker["name"] for worker in able if _holds_more(worker, limit)})
+        if names and left_out > fewer:
+            size = f"over {limit:,}" if further is None else f"of {limit + 1:,} to {further:,}"
+            run = "runs" if left_out - fewer == 1 else "run"
+            say(f"{count(left_out - fewer, 'row')} {size} tokens {run} on {_and(names)} only.")
     if quote["unplaceable_rows"]:
         say(f"{count(quote['unplaceable_rows'], 'row')} of up to {quote['longest_row_tokens']:,} tokens fit no worker.")
-    able = [worker for worker in workers if worker["placement"] is not None]
-    limited = [worker for worker in able if worker["left_out_rows"] > quote["unplaceable_rows"]]
-    for worker in limited:
-        most = worker["placement"]["longest_row_tokens"]
-        say(f"{count(worker['left_out_rows'], 'row')} over {most:,} tokens do not fit {worker['name']}.")
 
 
-def _show_better(workers: Iterable[Mapping[str, Any]]) -> None:
-    """Each better way to run it that a worker has no room for, in one line."""
-    for worker in workers:
-        for tier in (worker["placement"] or {}).get("refused", ()):
-            short = tier["needed_bytes"] - tier["free_bytes"]
-            lacking = f"{bytes_in_words(short)} short" if short > 0 else tier["reason"]
-            say(f"{worker['name']}: {tier['tier']} on {tier['device_id']}: {lacking}")
+def _holds_more(worker: Mapping[str, Any], tokens: int) -> bool:
+    return worker["longest_row_tokens"] is None or worker["longest_row_tokens"] > tokens
+
+
+def _and(names: Sequence[str]) -> str:
+    """`desktop`, `desktop and h200`, `a, b and c`, or how many there are."""
+    if len(names) > MOST_NAMED:
+        return f"{len(names)} workers"
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _show_leave_out(quote: Mapping[str, Any]) -> None:
+    """Who holds up the end, and what leaves him out."""
+    advice = quote["leave_out"]
+    if advice is not None:
+        names, option = _and(advice["nodes"]), f"--where {shlex.quote(advice['where'])}"
+        say(f"Without {names} it would be done in about {duration(advice['seconds'])}: {option}")
 
 
 def _show_bytes(worker: Mapping[str, Any]) -> None:

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from ollm_service.cli.explain import _in_words, _where_rows_are
+from ollm_service.cli.explain import _where_rows_are
+from ollm_service.cli.output import reason_in_words
 from ollm_service.coordinator.service import Service
 from tests.cli.conftest import Command
 from tests.coordinator.services import claim_one
@@ -79,7 +80,7 @@ def test_where_nobody_is_connected_that_is_said(command: Command, service: Servi
 )
 def test_bytes_are_told_as_people_read_them(reason: str, words: str) -> None:
     """Tokens stay numbers."""
-    assert _in_words(reason) == words
+    assert reason_in_words(reason) == words
 
 
 @pytest.mark.parametrize(

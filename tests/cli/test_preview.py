@@ -1,16 +1,20 @@
 """What does a preview of a file say, and does `submit --plan` run exactly that?"""
 
 import json
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ollm_service.cli.preview import duration
+from ollm_service.cli.preview import _show_long_rows, duration
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
-from ollm_service.core.capabilities import Device
+from ollm_service.core.capabilities import Device, LiveState
+from ollm_service.core.plan import PassId
 from tests.cli.conftest import Command
-from tests.store.samples import PROFILE, new_worker
+from tests.store.samples import PROFILE, capabilities, new_worker
 
 ROWS = "".join(json.dumps({"prompt": f"{number}+1="}) + "\n" for number in range(300))
 MODEL = replace(PROFILE, weight_bytes=1_000_000, layer_count=2, hidden_size=64, intermediate_size=256, kv_bytes_per_token=512)
@@ -94,6 +98,100 @@ def test_submit_runs_what_was_previewed(command: Command, service: Service, rows
     assert (changed.returncode, "changed: the rows" in changed.stderr) == (1, True)
     unknown = command("submit", "--plan", "pl_unknown")
     assert (unknown.returncode, "does not remember" in unknown.stderr) == (2, True)
+
+
+def test_what_comes_first_is_told(command: Command, service: Service, rows: Path) -> None:
+    """How many plans of other jobs, and when this one begins; those of unknown length apart."""
+    assert "other jobs" not in command("preview", "rows.jsonl", "-m", "tiny").stdout
+    command("submit", "rows.jsonl", "-m", "tiny")
+    told = command("preview", "rows.jsonl", "-m", "tiny").stdout.splitlines()
+    assert told[2].startswith("2 plans of other jobs come first; this one begins in about "), told
+    other = replace(MODEL, name="other", digest="e" * 64, dtype="float16")
+    new_worker(service.store, "attic", models=(MODEL, other), devices=(replace(FAST, dtypes=()),))
+    command("submit", "rows.jsonl", "-m", "other")
+    told = command("preview", "rows.jsonl", "-m", "tiny").stdout.splitlines()
+    assert told[3] == "2 plans of other jobs come first and are not counted: how long that takes is not known."
+
+
+def test_better_ways_without_room_stand_below_their_worker(command: Command, service: Service, rows: Path) -> None:
+    """With the bytes that they are short of; a worker that is not used says why, as people read bytes."""
+    large = replace(MODEL, digest="e" * 64, weight_bytes=900_000_000, layer_bytes=(100_000_000,) * 8, layer_count=8)
+    gpu = Device(device_id="cuda:0", name="a GPU", memory_bytes=2 * 10**9)
+    offered = capabilities("laptop", models=(large,), devices=(gpu,), passes={PassId.CPU_OFFLOAD: None}, host_memory_bytes=10**11)
+    live = LiveState(device_free_bytes={"cuda:0": 1_500_000_000}, host_free_bytes=10**11)
+    service.store.leases.register("wkr_laptop", offered, live, pid=1)
+    small = capabilities("cellar", models=(large,), devices=(replace(FAST, memory_bytes=800_000_000),))
+    service.store.leases.register("wkr_cellar", small, live, pid=1)
+    lines = command("preview", "rows.jsonl", "-m", f"tiny@sha256:{'e' * 12}").stdout.splitlines()
+    (at,) = (number for number, line in enumerate(lines) if line.startswith("laptop"))
+    assert re.match(r"laptop  \d layers? on cuda:0, \d from RAM  +\d+ ", lines[at]), lines
+    assert re.fullmatch(r" +all on device on cuda:0: [\d.]+ [MG]iB short", lines[at + 1]), lines
+    (cellar,) = (line for line in lines if line.startswith("cellar"))
+    assert "not used: memory: 858 MiB needed, cpu has 763 MiB" in cellar
+
+
+def test_who_holds_up_the_end_is_named_with_the_option(command: Command, service: Service, rows: Path) -> None:
+    """The option, given to the next preview, makes the end as early as was said."""
+    slow = replace(FAST, memory_rate=1e5, arithmetic={"float32": 1e5})
+    new_worker(service.store, "old box", models=(MODEL,), devices=(slow,))
+    told = command("preview", "rows.jsonl", "-m", "tiny").stdout
+    (advice,) = (line for line in told.splitlines() if line.startswith("Without "))
+    found = re.fullmatch("Without old box it would be done in about (.*): (--where .*)", advice)
+    assert found, advice
+    assert re.search(r"\n +saves no time\n", told)
+    heeded = command("preview", "rows.jsonl", "-m", "tiny", *shlex.split(found[2])).stdout
+    assert f"Done in about {found[1]} (" in heeded
+    assert "Without " not in heeded
+
+
+QUOTED: dict[str, Any] = {"placement": {}, "longest_row_tokens": None, "left_out_rows": 0}
+
+
+@pytest.mark.parametrize(
+    ("limits", "unplaceable", "told"),
+    [
+        ({"desktop": (None, 0), "laptop": (9_000, 12)}, 0, ["12 rows over 9,000 tokens run on desktop only."]),
+        (
+            {"desktop": (None, 0), "h200": (None, 0), "laptop": (9_000, 1)},
+            0,
+            ["1 row over 9,000 tokens runs on desktop and h200 only."],
+        ),
+        (
+            {"laptop": (9_000, 12), "desktop": (30_000, 3), "h200": (None, 0), "old": (9_000, 12)},
+            0,
+            ["9 rows of 9,001 to 30,000 tokens run on desktop and h200 only.", "3 rows over 30,000 tokens run on h200 only."],
+        ),
+        (
+            {"laptop": (9_000, 12), "desktop": (30_000, 3)},
+            3,
+            ["9 rows of 9,001 to 30,000 tokens run on desktop only.", "3 rows of up to 99,000 tokens fit no worker."],
+        ),
+        ({"laptop": (9_000, 12)}, 12, ["12 rows of up to 99,000 tokens fit no worker."]),
+        ({"laptop": (None, 0), "desktop": (None, 0)}, 0, []),
+    ],
+)
+def test_rows_that_fit_only_some_workers_are_told_once(
+    capsys: pytest.CaptureFixture[str], limits: dict[str, tuple[int | None, int]], unplaceable: int, told: list[str]
+) -> None:
+    """By their lengths, each with everybody who holds them."""
+    workers = [{**QUOTED, "name": name, "longest_row_tokens": most, "left_out_rows": out} for name, (most, out) in limits.items()]
+    workers.append({**QUOTED, "name": "phone", "placement": None})
+    _show_long_rows({"unplaceable_rows": unplaceable, "longest_row_tokens": 99_000}, workers)
+    assert capsys.readouterr().out.splitlines() == told
+
+
+def test_long_rows_are_told_by_who_holds_them(command: Command, service: Service, rows: Path) -> None:
+    """From a file, with workers of several sizes."""
+    memory = replace(FAST, memory_bytes=10**11)
+    wide = replace(MODEL, digest="e" * 64, kv_bytes_per_token=100_000)
+    for node, free in (("laptop", 10**9), ("desktop", 10**11)):
+        offered = capabilities(node, models=(wide,), devices=(memory,))
+        live = LiveState(device_free_bytes={"cpu": free}, host_free_bytes=free)
+        service.store.leases.register(f"wkr_{node}", offered, live, pid=1)
+    long = "".join(json.dumps({"prompt": "x" * 80_000}) + "\n" for _ in range(3))
+    rows.write_text(ROWS + long, encoding="utf-8")
+    told = command("preview", "rows.jsonl", "-m", f"tiny@sha256:{'e' * 12}").stdout
+    assert re.search(r"\n3 rows over \d+ tokens run on desktop only\.\n", told), told
 
 
 @pytest.mark.parametrize(
