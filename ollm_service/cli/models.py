@@ -170,7 +170,7 @@ def _remark(model: Mapping[str, Any]) -> str:
     remarks = []
     if model.get("unsafe_because"):
         remarks.append(f"refused: {model['unsafe_because']}")
-    elif not model.get("nodes"):
+    elif not model.get("nodes") and not model.get("downloads"):
         remarks.append(f"no worker has it yet ({model.get('repo_id')})")
     downloads: Iterable[Mapping[str, Any]] = model.get("downloads") or ()
     return "; ".join([*remarks, *(in_words(download) for download in downloads)])

@@ -202,7 +202,7 @@ def test_a_requirement_that_is_not_made_refuses_nobody() -> None:
 
 
 def test_a_worker_fetches_what_its_operator_lists() -> None:
-    """A pattern is for the repository, whatever the revision; without patterns it may fetch anything, and nothing without leave."""
+    """A pattern is for the repository, whatever the revision; without patterns it may fetch anything."""
     listed = capabilities(models=(), may_download=True, downloadable=("unsloth/*", "org/name"))
     assert match(Requirements(backend_id=BACKEND, download="org/name@v1"), listed) == Match()
     assert match(Requirements(backend_id=BACKEND, download="unsloth/any"), listed) == Match()
