@@ -125,24 +125,37 @@ class DigestCache:
 
 
 def inspect_models(
-    root: Path, digests: DigestCache, *, is_stopped: Callable[[], bool] = lambda: False
+    root: Path,
+    digests: DigestCache,
+    *,
+    is_wanted: Callable[[ModelProfile], bool] = lambda _: True,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[ModelProfile, ...]:
     """Every model in the root, by path, the refused ones with `unsafe_because`. A root that does not exist holds none.
 
-    New weights are read once as a whole, for their digest: run it on a thread of its own. Raises InspectionStopped, and
-    MisconfiguredService where the root cannot be read.
+    New weights are read once as a whole, for their digest: run it on a thread of its own. Of a folder that is not wanted, by what
+    `list_models` says of it, nothing is read. Raises InspectionStopped, and MisconfiguredService where the root cannot be read.
     """
-    return tuple(each_model(root, digests, is_stopped=is_stopped))
+    return tuple(each_model(root, digests, is_wanted=is_wanted, is_stopped=is_stopped))
 
 
-def each_model(root: Path, digests: DigestCache, *, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[ModelProfile]:
+def list_models(root: Path) -> tuple[ModelProfile, ...]:
+    """The folders of models in the root with nothing but what their places tell: name, path, repository and revision.
+
+    A root that does not exist holds none. Raises MisconfiguredService where it cannot be read.
+    """
+    return tuple(_unread(folder) for folder in _readable_folders(root))
+
+
+def each_model(
+    root: Path,
+    digests: DigestCache,
+    *,
+    is_wanted: Callable[[ModelProfile], bool] = lambda _: True,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> Iterator[ModelProfile]:
     """The same one by one, so that a model is known as soon as its own weights have been read."""
-    try:
-        folders = list(_folders(root))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise MisconfiguredService(f"The models folder {root} cannot be read: {error.strerror}.") from error
+    folders = [folder for folder in _readable_folders(root) if is_wanted(_unread(folder))]
     try:
         for folder in folders:
             if is_stopped():
@@ -150,6 +163,15 @@ def each_model(root: Path, digests: DigestCache, *, is_stopped: Callable[[], boo
             yield _inspect(folder, digests, is_stopped)
     finally:
         digests.save()
+
+
+def _readable_folders(root: Path) -> list[_Folder]:
+    try:
+        return list(_folders(root))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise MisconfiguredService(f"The models folder {root} cannot be read: {error.strerror}.") from error
 
 
 def _folders(root: Path) -> Iterator[_Folder]:
@@ -214,8 +236,13 @@ def _inspect(folder: _Folder, digests: DigestCache, is_stopped: Callable[[], boo
     return replace(profile, repo_id=folder.repo_id, revision=folder.revision, refs=folder.refs)
 
 
+def _unread(folder: _Folder) -> ModelProfile:
+    place = ModelProfile(name=folder.name, path=folder.path, digest="")
+    return replace(place, repo_id=folder.repo_id, revision=folder.revision, refs=folder.refs)
+
+
 def _refused(folder: _Folder, reason: str) -> ModelProfile:
-    return ModelProfile(name=folder.name, path=folder.path, digest="", unsafe_because=reason)
+    return replace(_unread(folder), unsafe_because=reason)
 
 
 def _read_model(folder: _Folder, digests: DigestCache, is_stopped: Callable[[], bool]) -> ModelProfile:

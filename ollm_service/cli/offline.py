@@ -17,11 +17,11 @@ from ollm_service.core.labels import parse_expression
 from ollm_service.core.options import RuntimeConfig
 from ollm_service.core.planning import Planned, plan
 from ollm_service.core.profile import ModelProfile
-from ollm_service.core.reference import parse_reference
+from ollm_service.core.reference import ModelReference, parse_reference
 from ollm_service.core.requirements import class_id, requirements_of
-from ollm_service.core.resolution import HeldModel
+from ollm_service.core.resolution import HeldModel, is_named
 from ollm_service.core.wire import to_json
-from ollm_service.inspection import DigestCache, inspect_models
+from ollm_service.inspection import DigestCache, inspect_models, list_models
 
 ONE_WORKER = ("here",)
 
@@ -29,19 +29,22 @@ ONE_WORKER = ("here",)
 def preview_offline(models_dir: Path, model: str, choices: Choices, *, where: str | None) -> Preview:
     """The plan of a model of the folder, in the shape that the service gives, without workers, placement and quote.
 
-    New weights are read once as a whole, for their digest. Raises InvalidOption, InvalidReference, InvalidExpression and
-    ModelNotFound, PlanNotExecutable for a folder that is refused as unsafe, and MisconfiguredService.
+    Of the folder that is named alone anything is read, and new weights once as a whole, for their digest. Raises InvalidOption,
+    InvalidReference, InvalidExpression and ModelNotFound, PlanNotExecutable for a folder that is refused as unsafe, and
+    MisconfiguredService.
     """
     layers = read_options(os.environ)
     config = layers.runtime_config(choices.runtime)
     layers.generation_config(choices.generation)
-    parse_reference(model)  # before anything is read
+    parsed = parse_reference(model)  # before anything is read
     if where is not None:
         parse_expression(where)
     problem = check_models(models_dir)
     if problem is not None:
         raise InvalidOption("--models-dir", problem)
-    planned = _plan(model, inspect_models(models_dir, DigestCache(_known_digests())), config)
+    names = [place.name for place in list_models(models_dir)]
+    found = inspect_models(models_dir, DigestCache(_known_digests()), is_wanted=lambda place: is_named(place, parsed))
+    planned = _plan(parsed, found, names, config)
     requirements = None
     if planned.plan.is_executable():
         requirements = requirements_of(planned.plan, planned.profile, config, where=where)
@@ -66,17 +69,15 @@ def preview_offline(models_dir: Path, model: str, choices: Choices, *, where: st
     )
 
 
-def _plan(model: str, found: Sequence[ModelProfile], config: RuntimeConfig) -> Planned:
+def _plan(parsed: ModelReference, found: Sequence[ModelProfile], names: Sequence[str], config: RuntimeConfig) -> Planned:
     held = [HeldModel(profile=profile, workers=ONE_WORKER) for profile in found if profile.is_usable]
     try:
-        return plan(model, held, config)
+        return plan(parsed.raw, held, config)
     except ModelNotFound as unknown:
-        parsed = parse_reference(model)
-        names = {parsed.directory_name, parsed.local_path or parsed.identifier}
         for profile in found:
-            if profile.unsafe_because is not None and names & {profile.name, profile.path.as_posix()}:
+            if profile.unsafe_because is not None:
                 raise PlanNotExecutable(f"`{parsed.raw}` is refused: {profile.unsafe_because}.", param="model") from unknown
-        here = ", ".join(sorted(item.profile.name for item in held)) or "none"
+        here = ", ".join(sorted(names)) or "none"
         raise ModelNotFound(
             f"The folder has no model named `{parsed.raw}`.",
             param="model",

@@ -77,6 +77,11 @@ def _candidates(parsed: ModelReference, entry: CatalogEntry | None, inventory: I
     return list(first.values())
 
 
+def is_named(profile: ModelProfile, parsed: ModelReference) -> bool:
+    """Whether a folder is what a reference names; its name, path, repository and revision are enough to know."""
+    return _is_named(profile, parsed, catalog_entry(parsed))
+
+
 def _is_named(profile: ModelProfile, parsed: ModelReference, entry: CatalogEntry | None) -> bool:
     """Whether a folder is what the reference names. A folder that knows its revision is held to the one asked for."""
     if parsed.local_path is not None:

@@ -14,7 +14,7 @@ from ollm_service.inspection import DigestCache, inspect_models
 from tests.cli.conftest import Command, run_here, run_process
 from tests.servers import refused_port
 from tests.store.samples import new_worker
-from tests.unit.model_folders import TINY_LLAMA, make_model
+from tests.unit.model_folders import TINY_LLAMA, make_hub_snapshot, make_model
 
 OTHER: dict[str, Any] = {**TINY_LLAMA, "architectures": ["PhiForCausalLM"], "model_type": "phi"}
 
@@ -71,7 +71,7 @@ def test_it_runs_as_a_process_of_its_own(models: Path, tmp_path: Path) -> None:
         ((" ",), 2, "empty"),
         (("tiny", "-m", "tiny", "--rows", "rows.jsonl"), 2, "leave out FILE"),
         (("tiny", "--if", "h200"), 2, "leave out FILE and --if"),
-        (("nobody-has-this",), 2, "In it: other, tiny."),
+        (("nobody-has-this",), 2, "In it: other, pickled, tiny."),
         (("pickled",), 3, "pickle"),
         (("other", "--backend", "optimized-native"), 3, "optimized-native"),
     ],
@@ -93,6 +93,24 @@ def test_references_exit_alike_with_a_service_and_without(command: Command, offl
         offline("preview", reference, "--models-dir", "models").returncode,
     }
     assert codes == {2}
+
+
+def test_the_weights_of_other_models_are_not_read(offline: Command, models: Path, tmp_path: Path) -> None:
+    """Only the folder that is named is inspected, under whichever of its names; digests are kept of what was read as a whole."""
+    hub = make_hub_snapshot(models, "org/name", "a" * 40, refs=("main",))
+    (models / "llama3-1B-chat").symlink_to(models / "tiny")
+
+    def read_after(reference: str) -> set[Path]:
+        done = offline("preview", reference, "--models-dir", "models", "--json")
+        assert json.loads(done.stdout)["resolved_model"]["digest"], done.stderr
+        known = json.loads((tmp_path / "cache" / "ollm-service" / "digests.json").read_text())
+        return {Path(json.loads(key)[0]).parent for key in known}
+
+    tiny, blobs = (models / "tiny").resolve(), (hub.parents[1] / "blobs").resolve()
+    for reference in ("tiny", "path:tiny", "./tiny", "llama3-1B-chat"):
+        assert read_after(reference) == {tiny}
+    for reference in ("hf:org/name", "org/name@main", "org--name"):
+        assert read_after(reference) == {tiny, blobs}
 
 
 def test_a_plan_that_nothing_can_run_is_printed(offline: Command) -> None:
