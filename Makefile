@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help setup servers demo test lint check pages chaos bench-dispatch clean
+.PHONY: help setup servers demo test lint check pages chaos bench-dispatch bench-estimates clean
 .DEFAULT_GOAL := help
 
 help: ## say what each target does
@@ -41,6 +41,9 @@ chaos: setup servers ## break everything at random for five minutes (CHAOS_SECON
 
 bench-dispatch: setup servers ## how fast plans reach workers, and how fast a loss heals
 	@$(PY) bench/dispatch.py --json
+
+bench-estimates: setup ## how near the estimates of memory and time are to five models' real attempts
+	@$(PY) bench/estimates.py --json
 
 clean: ## remove .venv and every cache
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
