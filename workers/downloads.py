@@ -15,6 +15,7 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ollm_service.core.errors import DatabaseUnavailable
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.retry import Failure
 from ollm_service.store.downloads import Downloads, DownloadView
+from workers.cache_folder import NoCacheFolder, check_writable
 from workers.model_shelf import ModelShelf
 
 IDLE_SECONDS = 1.0
@@ -43,6 +45,21 @@ def download_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """What a downloading process sees: the hub's variables, its token among them, and nothing of ours."""
     kept = {name: value for name, value in environment.items() if not name.startswith("OLLM_") and name not in _NOT_HANDED_ON}
     return kept | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+def can_download(root: Path) -> bool:
+    """Whether a model could be fetched into this models root, which is made where it is not there; a log line says why not."""
+    if find_spec("huggingface_hub") is None:
+        problem = "huggingface_hub is not installed"
+    else:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            check_writable(root)
+            return True
+        except (OSError, NoCacheFolder) as error:
+            problem = str(error)
+    _log.warning("no-downloads", extra={"root": str(root), "reason": problem})
+    return False
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from huggingface_hub import get_token
 from workers.download.fetching import Progress, Wanted, failure_of, fetch
 from workers.download.staging import Busy
 
+LONGEST_MESSAGE = 500
 _speaking = threading.Lock()
 
 
@@ -31,7 +32,7 @@ def main(argument: str) -> None:
         _say("busy", message=str(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, the worker hears of it
         failed = failure_of(wanted, error)
-        message = _without_token(str(failed))
+        message = _without_token(str(failed))[:LONGEST_MESSAGE]
         _say("failed", code=failed.code, message=message, is_permanent=failed.is_permanent, is_everywhere=failed.is_everywhere)
     sys.stdout.flush()
     os._exit(0)
