@@ -30,8 +30,10 @@ from ollm_service.core.checkpoint import (
 )
 from ollm_service.core.errors import MisconfiguredService, printable
 from ollm_service.core.gds_export import EXPORT_FOLDER, EXPORT_MANIFEST, PICKLE_SUFFIXES, export_problem
+from ollm_service.core.model_config import ModelConfig
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.tensors import Tensor
+from ollm_service.core.weights import tied_pair
 
 SINGLE_WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
@@ -77,23 +79,28 @@ class DigestCache:
         self._lock = threading.Lock()
         self._known: dict[str, str] = self._stored()
 
-    def digest(self, path: Path, is_stopped: Callable[[], bool] = lambda: False) -> str:
-        """The file's sha256 in hex. Raises InspectionStopped, OSError, and BrokenCheckpoint for a file that changes meanwhile."""
+    def digest(self, path: Path, is_stopped: Callable[[], bool] = lambda: False, part: tuple[int, int] | None = None) -> str:
+        """The sha256 of the file, or of the bytes of a part, from and to, in hex.
+
+        Raises InspectionStopped, OSError, and BrokenCheckpoint for a file that changes meanwhile.
+        """
         with _plain_file(path) as file:
             status = os.fstat(file.fileno())
-            key = _cache_key(path, status)
+            key = _cache_key(path, status, part)
             with self._lock:
                 known = self._known.get(key)
             if known is not None:
                 return known
             hasher = hashlib.sha256()
-            left = status.st_size
-            while left > 0 and (chunk := file.read(_CHUNK_BYTES)):  # no further, should it grow faster than it is read
+            first, last = part or (0, status.st_size)
+            file.seek(first)
+            left = last - first
+            while left > 0 and (chunk := file.read(min(left, _CHUNK_BYTES))):  # no further, should it grow while it is read
                 if is_stopped():
                     raise InspectionStopped
                 hasher.update(chunk)
                 left -= len(chunk)
-            if _cache_key(path, os.fstat(file.fileno())) != key:
+            if _cache_key(path, os.fstat(file.fileno()), part) != key:
                 raise BrokenCheckpoint(f"{path.name} is still being written")
         with self._lock:
             self._known[key] = hasher.hexdigest()
@@ -271,7 +278,7 @@ def _read_model(folder: _Folder, digests: DigestCache, is_stopped: Callable[[], 
         path=folder.path,
         digest="",
         config=config,
-        tensors=[tensor for name in weights for tensor in headers[name]],
+        tensors=_loaded_tensors(files, {name: headers[name] for name in weights}, config, digests, is_stopped),
         has_processor=any(name in files for name in PROCESSOR_FILES),
         has_chat_template=bool(tokenizer_config.get("chat_template")) or "chat_template.jinja" in files,
     )
@@ -336,6 +343,29 @@ def _weight_files(files: Mapping[str, Path], headers: Mapping[str, tuple[Tensor,
     return tuple(sorted(set(shards.values())))
 
 
+def _loaded_tensors(
+    files: Mapping[str, Path],
+    weights: Mapping[str, tuple[Tensor, ...]],
+    config: Mapping[str, Any],
+    digests: DigestCache,
+    is_stopped: Callable[[], bool],
+) -> list[Tensor]:
+    """The tensors of the weight files, without a head that is a copy of the embedding to which it is tied."""
+    tensors = [tensor for held in weights.values() for tensor in held]
+    pair = tied_pair(tensors, ModelConfig.read(config))
+    if pair is None:
+        return tensors
+
+    def digest(tensor: Tensor) -> str:
+        place = files[next(name for name, held in weights.items() if any(tensor is other for other in held))]
+        with _plain_file(place) as file:
+            begin = LENGTH_BYTES + header_length(file.read(LENGTH_BYTES), os.fstat(file.fileno()).st_size, printable(place.name))
+        return digests.digest(place, is_stopped, (begin + tensor.span[0], begin + tensor.span[1]))
+
+    head, embedding = pair
+    return [tensor for tensor in tensors if tensor is not head] if digest(head) == digest(embedding) else tensors
+
+
 def _headers(files: Mapping[str, Path]) -> dict[str, tuple[Tensor, ...]]:
     """The tensors of every safetensors file, wanted or not: one that is broken makes the whole folder doubtful."""
     headers: dict[str, tuple[Tensor, ...]] = {}
@@ -379,14 +409,14 @@ def _read(path: Path, most: int) -> bytes:
     return content
 
 
-def _cache_key(path: Path, status: os.stat_result) -> str:
-    return json.dumps([os.fspath(path), status.st_ino, status.st_size, status.st_mtime_ns])
+def _cache_key(path: Path, status: os.stat_result, part: tuple[int, int] | None) -> str:
+    return json.dumps([os.fspath(path), status.st_ino, status.st_size, status.st_mtime_ns, *(part or ())])
 
 
 def _is_current(key: str) -> bool:
     try:
-        path = json.loads(key)[0]
-        return _cache_key(Path(path), os.stat(path)) == key
+        path, _, _, _, *part = json.loads(key)
+        return _cache_key(Path(path), os.stat(path), (part[0], part[1]) if part else None) == key
     except (OSError, ValueError, TypeError, LookupError):
         return False
 

@@ -158,10 +158,10 @@ def _read_entry(name: str, entry: Any, what: str) -> tuple[Tensor, tuple[int, in
     if not isinstance(entry, dict):
         raise problem
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in BITS or not _are_sizes(shape) or not _are_sizes(span):
+    if not isinstance(dtype, str) or dtype not in BITS or not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2:
         raise problem
-    tensor = Tensor(name=name, dtype=dtype, shape=tuple(shape))
-    if len(span) != 2 or (span[1] - span[0]) * 8 != tensor.element_count * BITS[dtype]:
+    tensor = Tensor(name=name, dtype=dtype, shape=tuple(shape), span=(span[0], span[1]))
+    if (span[1] - span[0]) * 8 != tensor.element_count * BITS[dtype]:
         raise problem
     return tensor, (span[0], span[1])
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 BITS: Mapping[str, int] = MappingProxyType(
@@ -22,11 +22,12 @@ ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
-    """One tensor as a safetensors header declares it; its bytes have been checked to lie in the file."""
+    """One tensor as a safetensors header declares it; its bytes have been checked to lie in the file, `span` in its data."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    span: tuple[int, int] = field(default=(0, 0), compare=False)
 
     @property
     def element_count(self) -> int:

@@ -3,7 +3,7 @@
 A tensor belongs to the decoder layer whose number is the first in its name. What transformers does not load is not counted:
 layers beyond the configured ones and heads that predict further tokens, masks and rotary frequencies that older versions saved,
 and copies of shared embeddings. Where head and embedding are both there, both count, though the configuration may say that they
-are one: only their numbers could tell.
+are one: only their numbers can tell, and `tied_pair` says which ones to compare.
 """
 
 import re
@@ -73,6 +73,20 @@ def weigh(tensors: Iterable[Tensor], config: ModelConfig, dtype: str | None) -> 
         head=size(heads),
         experts=size(tensor for tensor in in_layers if _is_routed(tensor, config.expert_count)),
     )
+
+
+def tied_pair(tensors: Iterable[Tensor], config: ModelConfig) -> tuple[Tensor, Tensor] | None:
+    """Head and embedding that the configuration ties though the file has both: transformers loads one where they are equal."""
+    is_tied = config.whole.get("tie_word_embeddings", config.text.get("tie_word_embeddings"))
+    if is_tied is not True:
+        return None
+    matrices = [tensor for tensor in tensors if tensor.name.endswith(".weight") and len(tensor.shape) == 2]
+    heads = [tensor for tensor in matrices if _is_named(tensor, _HEADS)]
+    for head in heads:
+        for tensor in matrices:
+            if _is_named(tensor, _EMBEDDINGS) and (tensor.dtype, tensor.shape) == (head.dtype, head.shape):
+                return head, tensor
+    return None
 
 
 def _is_loaded(tensor: Tensor) -> bool:

@@ -197,6 +197,7 @@ def turn_into_an_adapter(folder: Path) -> None:
         (header(tensor(shape=(1,) * 17)), "malformed"),
         (header(tensor(shape=(2**62, 2**62))), "malformed"),
         (header(tensor(span=(0,), shape=())), "malformed"),
+        (header(tensor(span=(), shape=())), "malformed"),
         (header(tensor(span=(0, 5))), "malformed"),
         (header(tensor(span=(4, 0))), "malformed"),
         (header(tensor(span=(2**60, 2**60 + 4))), "overlap or leave a gap"),

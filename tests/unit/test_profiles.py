@@ -323,8 +323,26 @@ def test_copies_of_a_shared_embedding_count_once() -> None:
     assert weights.embedding == VOCABULARY * 16 * 4
 
 
+@pytest.mark.parametrize("is_copy", [True, False])
+def test_a_head_saved_beside_a_tied_embedding_counts_where_it_differs(tmp_path: Path, is_copy: bool) -> None:
+    """transformers ties what is equal, and keeps both of what is not; the numbers are read once, and never again."""
+    model = save("llama-tied", tmp_path / "root" / "tied")
+    weights = tmp_path / "root" / "tied" / "model.safetensors"
+    tensors = load_file(weights)
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": head if is_copy else head + 1}, weights, metadata={"format": "pt"})
+    digests = DigestCache(tmp_path / "digests.json")
+    (profile,) = inspect_models(tmp_path / "root", digests)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "root" / "tied", dtype="auto")
+    assert profile.weight_bytes == loaded_bytes(loaded) == loaded_bytes(model) + (0 if is_copy else head.numel() * 4)
+    assert (profile.head_bytes == 0) is is_copy
+    assert inspect_models(tmp_path / "root", DigestCache(tmp_path / "digests.json")) == (profile,)
+    known = [json.loads(key) for key in json.loads((tmp_path / "digests.json").read_text())]
+    assert sum(len(key) > 4 for key in known) == 2, "the two matrices, kept beside the files"
+
+
 def test_a_head_beside_a_tied_embedding_counts() -> None:
-    """Whether both are one cannot be read from a header: memory is over-estimated."""
+    """Whether both are one cannot be read from a header: from that alone, memory is over-estimated."""
     config = ModelConfig.read(transformers.LlamaConfig(num_hidden_layers=4, tie_word_embeddings=True).to_dict())
     assert weigh(tensors_of(make("llama")), config, "float32").head == VOCABULARY * 16 * 4
 
