@@ -31,12 +31,22 @@ class Settings(BaseSettings):
     )
     broker_url: str = Field(MEMORY_BROKER, description="`redis://` or `amqp://` URL for hints; `memory://`: polling only.")
     models_dir: Path = Field(Path("models"), description="Folder whose subfolders are models (worker).")
-    cache_dir: Path | None = Field(None, description="Folder for KV files (worker); unset: `kv` in the data folder.")
+    cache_dir: Path | None = Field(
+        None,
+        description="Folder for KV files, and for weights that are read while a model runs (worker); "
+        "unset: `kv` in the data folder.",
+    )
     node: str = Field("", description="Stable name of this machine (worker); unset: the host name.")
     worker_labels: str = Field("", description="Labels of this worker, such as `zone=home,rack=2`; numbers compare as numbers.")
     allow_downloads: bool = Field(False, description="Whether this worker may fetch models from the hub, with its `HF_TOKEN`.")
     download_repos: str = Field(
         "", description="The only repositories that it may fetch, such as `unsloth/*,org/name`; unset: any (worker)."
+    )
+    memory_limit_gb: float = Field(
+        0.0,
+        ge=0,
+        description="Host memory that this worker's runners may take together, in GiB (worker); 0: whatever is free. "
+        "A model that needs more is read from disk as it runs.",
     )
     slots: int = Field(1, ge=1, le=64, description="Plans that this worker runs at a time, each in a runner of its own.")
     lease_seconds: float = Field(
@@ -82,6 +92,11 @@ class Settings(BaseSettings):
     def effective_cache_dir(self) -> Path:
         """The folder for KV files."""
         return (self.cache_dir or self.data_dir / "kv").absolute()
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """What the runners of this worker may take of host memory together; None: no limit of ours."""
+        return int(self.memory_limit_gb * 1024**3) or None
 
     @property
     def effective_node(self) -> str:

@@ -25,7 +25,7 @@ from ollm_service.settings import MEMORY_BROKER, Settings
 from ollm_service.store.database import Store, open_database
 from workers.agent import Agent, Models, Terms
 from workers.attempt import Patience
-from workers.downloads import Downloader, download_environment
+from workers.downloads import Downloader, can_download, download_environment
 from workers.hints import SILENT_SECONDS, Hints
 from workers.inventory import Inventory
 from workers.lease import boot_clock
@@ -183,8 +183,9 @@ def make_agent(
         node=settings.effective_node,
         slots=settings.slots,
         labels=settings.labels,
+        memory_limit_bytes=settings.memory_limit_bytes,
         has_own_runner=not settings.runner_command,
-        may_download=settings.allow_downloads,
+        may_download=settings.allow_downloads and can_download(settings.models_dir),
         downloadable=settings.downloadable,
     )
     spawner = Spawner()

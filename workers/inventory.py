@@ -57,7 +57,8 @@ class Inventory:
     def _live(self, slots: Collection[Slot], warm_model: str | None) -> LiveState:
         runners = {pid: slot.last_promise for slot in slots if (pid := slot.runner.pid) is not None}
         folder = next(iter(self._cache_folders()), None)
-        return self._probe.live(runners, folder, warm_model)
+        others = [pid for slot in self._slots.all if (pid := slot.runner.pid) is not None and pid not in runners]
+        return self._probe.live(runners, folder, warm_model, others)
 
     def _cache_folders(self) -> list[Path]:
         return [slot.cache_folder.path for slot in self._slots.all if slot.cache_folder is not None]

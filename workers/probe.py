@@ -3,6 +3,7 @@
 import logging
 import platform
 import re
+import sys
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from ollm_service.core.options import KVCacheStrategy
 from ollm_service.core.plan import BackendId, GenericModelKind, NativeFamily, PassId
 from ollm_service.core.profile import ModelProfile
 from workers.cache_folder import DiskRates, NoCacheFolder, check_writable, free_bytes, measure, total_bytes
-from workers.host_memory import HostMemory, host_memory, private_bytes
+from workers.host_memory import host_memory, private_bytes
 from workers.nvml import Gpu, Nvml, NvmlUnavailable, visible
 
 CPU_DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -33,13 +34,15 @@ _log = logging.getLogger(__name__)
 class Claims:
     """What the operator says of this worker, and how its runner is started.
 
-    `has_own_runner` is true where runners of our own kind are started, which need torch and transformers here. `may_download`:
-    models may be fetched from the hub, of repositories that fit a pattern in `downloadable` where there are any.
+    `memory_limit_bytes` is what all runners together may take of host memory. `has_own_runner` is true where runners of our own
+    kind are started, which need torch and transformers here. `may_download`: models may be fetched from the hub, of repositories
+    that fit a pattern in `downloadable` where there are any.
     """
 
     node: str
     slots: int
     labels: Attributes = field(default_factory=dict)
+    memory_limit_bytes: int | None = None
     has_own_runner: bool = True
     may_download: bool = False
     downloadable: tuple[str, ...] = ()
@@ -67,7 +70,7 @@ class Probe:
             node=self._claims.node,
             slots=self._claims.slots,
             devices=self._devices(),
-            host_memory_bytes=host_memory().total,
+            host_memory_bytes=self._host_memory_bytes(),
             backends={backend.value: backend_reason for backend in BackendId},
             passes={pass_id: _pass_reason(pass_id, reason) for pass_id in PassId},
             kv_strategies={strategy.value: _strategy_reason(strategy, reason) for strategy in KVCacheStrategy},
@@ -81,15 +84,23 @@ class Probe:
             versions=self._versions,
         )
 
-    def live(self, runners: Mapping[int, tuple[str, int] | None], cache_folder: Path | None, warm_model: str | None) -> LiveState:
+    def live(
+        self,
+        runners: Mapping[int, tuple[str, int] | None],
+        cache_folder: Path | None,
+        warm_model: str | None,
+        others: Collection[int] = (),
+    ) -> LiveState:
         """What is free now. What these runners hold counts as free: they are idle, or the asker's own.
 
         Each process id comes with the device and the bytes last promised to it, which stand in where a GPU's driver does not
-        tell who holds what, as in containers.
+        tell who holds what, as in containers. `others` are the worker's other runners, whose memory counts against its limit.
         """
-        memory = host_memory()
+        memory, limit = host_memory(), self._claims.memory_limit_bytes
         own = sum(private_bytes(pid) for pid in runners)
         host_free = min(memory.total, memory.free + own)
+        if limit is not None:
+            host_free = min(host_free, max(0, limit - sum(private_bytes(pid) for pid in others)))
         free = {"cpu": host_free}
         for number, gpu in enumerate(self._visible_gpus()):
             held = sum(_held(gpu, f"cuda:{number}", pid, promise) for pid, promise in runners.items())
@@ -121,7 +132,11 @@ class Probe:
             )
             for number, gpu in enumerate(self._visible_gpus())
         )
-        return (*gpus, _cpu(host_memory()))
+        return (*gpus, _cpu(self._host_memory_bytes()))
+
+    def _host_memory_bytes(self) -> int:
+        """The machine's memory, or as much of it as the operator lets runners have."""
+        return min(host_memory().total, self._claims.memory_limit_bytes or sys.maxsize)
 
     def _cache_disk(self, folder: Path) -> CacheDisk:
         if folder not in self._rates:
@@ -166,8 +181,8 @@ def _held(gpu: Gpu, device_id: str, pid: int, promise: tuple[str, int] | None) -
     return min(promise[1], gpu.total_bytes - gpu.free_bytes)
 
 
-def _cpu(memory: HostMemory) -> Device:
-    return Device(device_id="cpu", name=platform.processor() or platform.machine(), memory_bytes=memory.total, dtypes=CPU_DTYPES)
+def _cpu(memory_bytes: int) -> Device:
+    return Device(device_id="cpu", name=platform.processor() or platform.machine(), memory_bytes=memory_bytes, dtypes=CPU_DTYPES)
 
 
 def _cuda_dtypes(compute_capability: tuple[int, int]) -> tuple[str, ...]:
@@ -176,7 +191,7 @@ def _cuda_dtypes(compute_capability: tuple[int, int]) -> tuple[str, ...]:
 
 
 def _pass_reason(pass_id: PassId, no_cache_because: str | None) -> str | None:
-    if pass_id is PassId.DISK_CACHE:
+    if pass_id in (PassId.DISK_CACHE, PassId.CPU_OFFLOAD, PassId.GPU_OFFLOAD):
         return no_cache_because
     return None if pass_id is PassId.MLP_CHUNKING else NOT_IN_THIS_ENGINE
 

@@ -27,12 +27,12 @@ def probe() -> Probe:
 
 
 def test_a_worker_says_what_it_can(probe: Probe, tmp_path: Path) -> None:
-    """With a cache folder both passes of this engine are offered; every other has its reason."""
+    """With a cache folder the passes of this engine are offered; every other has its reason."""
     folder = take_folder(tmp_path / "kv")
     offered = probe.capabilities((), [folder.path], None)
     assert (offered.node, offered.slots, offered.labels) == ("here", 2, {"zone": "a"})
     able = {pass_id for pass_id, reason in offered.passes.items() if reason is None}
-    assert able == {PassId.DISK_CACHE, PassId.MLP_CHUNKING}
+    assert able == {PassId.DISK_CACHE, PassId.CPU_OFFLOAD, PassId.GPU_OFFLOAD, PassId.MLP_CHUNKING}
     assert offered.passes.keys() == set(PassId)
     assert offered.backends == {backend.value: None for backend in BackendId}
     strategies = {name for name, reason in offered.kv_strategies.items() if reason is None}
@@ -70,6 +70,27 @@ def test_what_our_own_runner_holds_counts_as_free(probe: Probe) -> None:
     gained = with_us.device_free_bytes["cpu"] - without.device_free_bytes["cpu"]
     assert gained > len(ballast) / 2
     assert with_us.device_free_bytes["cpu"] <= host_memory().total
+
+
+def test_runners_get_no_more_than_the_operator_lets_them_have() -> None:
+    """The limit is what the machine seems to have; what the worker's other runners hold counts against it, its own does not."""
+    limited = Probe(Claims(node="n", slots=2, memory_limit_bytes=GIB), os.environ)
+    offered = limited.capabilities((), [], None)
+    assert (offered.host_memory_bytes, offered.main_device.memory_bytes) == (GIB, GIB)
+    held = private_bytes(os.getpid())
+    assert 0 < held < GIB
+    assert limited.live({os.getpid(): None}, None, None).host_free_bytes == GIB
+    beside = limited.live({}, None, None, others=[os.getpid()])
+    assert beside.device_free_bytes["cpu"] == beside.host_free_bytes == pytest.approx(GIB - held, rel=0.05)
+
+
+def test_layers_can_leave_the_device_where_there_is_a_disk(probe: Probe, tmp_path: Path) -> None:
+    """Weights are read from a folder beside the KV files; without one layers stay."""
+    folder = take_folder(tmp_path / "kv")
+    passes = probe.capabilities((), [folder.path], None).passes
+    assert (passes[PassId.CPU_OFFLOAD], passes[PassId.GPU_OFFLOAD]) == (None, None)
+    assert "no writable cache directory" in (probe.capabilities((), [], None).passes[PassId.CPU_OFFLOAD] or "")
+    folder.release()
 
 
 def test_the_versions_of_the_runners_libraries_are_told() -> None:

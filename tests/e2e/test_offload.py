@@ -1,0 +1,63 @@
+"""Does a model that does not fit the memory it may have answer right through the whole service, and is it said how?"""
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from ollm_service.store.database import upgrade
+from scripts.deepen_demo_model import deepen
+from tests.e2e.fleet import REPOSITORY, Fleet, counts
+from tests.e2e.scripted_jobs import answers
+
+MODEL = "sum-deep"
+LIMIT_GB = 0.55  # 12 layers of 12 MiB do not fit beside what a runner takes
+QUESTIONS: list[dict[str, Any]] = [
+    json.loads(line) for line in (REPOSITORY / "demo" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:24]
+]
+RIGHT: dict[str, str] = json.loads((REPOSITORY / "demo" / "heldout_answers.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def small_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A worker with a real runner that may take less memory than the model has."""
+    directory = tmp_path_factory.mktemp("small")
+    deepen(directory / "models" / MODEL, width=8192)
+    database_url = f"sqlite:///{directory / 'ollm.db'}"
+    upgrade(database_url)
+    with Fleet(
+        directory,
+        database_url=database_url,
+        broker_url="memory://",
+        models_dir=directory / "models",
+        runner=f"{sys.executable} -m workers.runner",
+        settings={"OLLM_MEMORY_LIMIT_GB": str(LIMIT_GB), "OLLM_CACHE_DIR": str(directory / "kv")},
+    ) as fleet:
+        fleet.start_coordinator()
+        fleet.start_worker("only")
+        yield fleet
+
+
+def test_layers_that_do_not_fit_come_from_disk(small_machine: Fleet) -> None:
+    """The right answers, placed with some layers on disk; the pass shows what was read, and memory stays within the limit."""
+    job = small_machine.calls.submit(MODEL, QUESTIONS, generation={"max_new_tokens": 8})
+    ended = small_machine.calls.wait_final(job["id"], timeout=120)
+    assert counts(ended) == (len(QUESTIONS), 0, 0), ended
+    found = answers(small_machine.calls.results(job["id"]))
+    right = sum((text or "").strip() == RIGHT[name] for name, text in found.items())
+    assert right >= 0.95 * len(QUESTIONS)
+    plan = ended["plans"][0]
+    assert plan["runtime_plan"]["specialization_state"] == "applied", plan["runtime_plan"]["fallback_reason"]
+    assert "from disk; brought" in plan["runtime_plan"]["details"]["pass_cpu_offload"]
+    attempt = small_machine.calls.get(f"/v1/plans/{plan['id']}").json()["attempts"][-1]
+    placement, measured = attempt["placement"], attempt["measured"]
+    assert placement["tier"] == "layers streamed from disk"
+    assert placement["layers_on_device"] + placement["layers_on_disk"] == 12
+    assert placement["layers_on_disk"] > 0
+    assert {tier["tier"]: tier["short_of"] for tier in placement["refused"]} == {
+        "KV cache in files": "memory",
+        "all on device": "memory",
+    }
+    assert measured["peak_host_bytes"] < LIMIT_GB * 1024**3
