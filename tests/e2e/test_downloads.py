@@ -158,7 +158,7 @@ def test_what_cannot_be_fetched_is_told_to_the_job(make_fleet: Callable[..., Fle
 
 
 def test_a_worker_that_may_not_download_does_not(make_fleet: Callable[..., Fleet], hub: Hub, tmp_path: Path) -> None:
-    """The plan waits with the reason; a pull is refused; a model that comes by itself is found, and the plan made anew."""
+    """The plan waits with the reason; a pull is refused; a model that comes in another way is found, and the plan made anew."""
     source = make_model(tmp_path / "source")
     hub.add("org/name", source)
     fleet = make_fleet()
@@ -175,6 +175,7 @@ def test_a_worker_that_may_not_download_does_not(make_fleet: Callable[..., Fleet
     assert downloads(fleet) == []
     assert hub.asked == {}
     shutil.copytree(source, tmp_path / "models" / "org--name")
+    fleet.start_worker("shed")  # which looks at once, where the others do within half a minute
     assert wait_event(fleet, job, "replan")["reason"] == "the fleet's models changed"
     assert fleet.calls.wait_final(job["id"], timeout=SECONDS)["counts"]["succeeded"] == 1
 
