@@ -93,6 +93,17 @@ def _reaped(place: Place) -> bool:
     return place.store.downloads.reap() == 1
 
 
+def test_a_models_root_that_cannot_be_written_to_takes_no_downloads(place: Place, hub: Hub, tmp_path: Path) -> None:
+    """The worker does not offer to fetch then, so that another may."""
+    (tmp_path / "file").write_text("in the way")
+    with place.agent(allow_downloads=True, models_dir=tmp_path / "file" / "models"):
+        (worker,) = place.store.fleet.workers()
+        assert not worker.capabilities.may_download
+    with place.agent(allow_downloads=True, models_dir=tmp_path / "new" / "models", download_repos="org/*, x/y"):
+        (worker,) = place.store.fleet.workers()
+        assert (worker.capabilities.may_download, worker.capabilities.downloadable) == (True, ("org/*", "x/y"))
+
+
 def test_without_leave_nothing_is_fetched(place: Place, hub: Hub) -> None:
     """Unless told otherwise a worker may not, and its downloads go on waiting."""
     ask(place)
