@@ -244,6 +244,7 @@ class QuoteBody(BaseModel):
     plans_ahead: int = Field(description="Plans of other jobs that come first, and are counted in.")
     plans_not_counted: int = Field(description="Plans of other jobs that may come first, for how long nobody knows.")
     leave_out: LeaveOutBody | None
+    seconds_anywhere: float | None = Field(description="Without the label expression, where that is noticeably less.")
     workers: list[WorkerQuoteBody]
 
 

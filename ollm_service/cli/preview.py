@@ -235,7 +235,10 @@ def _and(names: Sequence[str]) -> str:
 
 
 def _show_leave_out(quote: Mapping[str, Any]) -> None:
-    """Who holds up the end, and what leaves him out."""
+    """Who holds up the end, and what leaves him out; and what the labels cost."""
+    anywhere = quote["seconds_anywhere"]
+    if anywhere is not None:
+        say(f"On workers with other labels, too, it would be done in about {duration(anywhere)}: leave --where out")
     advice = quote["leave_out"]
     if advice is not None:
         names, option = _and(advice["nodes"]), f"--where {shlex.quote(advice['where'])}"

@@ -53,7 +53,8 @@ class Quote:
 
     They are None where no worker can run the job or none of their speeds is known. `is_measured` where every worker that takes
     part has run this model before in that tier. `unplaceable_rows` fit no worker. `plans_ahead` of other jobs come first and are
-    counted in; `plans_not_counted` may, but how long they take is not known.
+    counted in; `plans_not_counted` may, but how long they take is not known. `seconds_anywhere` it would take without the label
+    expression, told where that is noticeably less, or where nothing runs with it.
     """
 
     row_count: int
@@ -69,6 +70,7 @@ class Quote:
     plans_ahead: int = 0
     plans_not_counted: int = 0
     leave_out: LeaveOut | None = None
+    seconds_anywhere: float | None = None
 
 
 def quote(job: Job, candidates: Sequence[Candidate], attempts: Sequence[MeasuredAttempt], ahead: Sequence[Ahead] = ()) -> Quote:
@@ -78,6 +80,10 @@ def quote(job: Job, candidates: Sequence[Candidate], attempts: Sequence[Measured
     scene = _Scene(candidates=candidates, own=own, before=[(found, part) for found, part in before if part.is_known])
     in_the_way = [(found.plans, part.is_known) for found, part in before if _is_in_the_way(found, part, own)]
     expected, slow, fast = (scene.deal(luck) for luck in (None, False, True))
+    anywhere = None
+    if job.requirements.where is not None and not any(candidate.is_hypothetical for candidate in candidates):
+        free = replace(scene, own=part_of(replace(job, requirements=replace(job.requirements, where=None)), candidates, attempts))
+        anywhere = free.deal().seconds
     able = [part.quotes[number] for part in scene.parts for number, rows in enumerate(expected.rows) if rows and part.can(number)]
     return Quote(
         row_count=own.work.row_count,
@@ -93,6 +99,7 @@ def quote(job: Job, candidates: Sequence[Candidate], attempts: Sequence[Measured
         plans_ahead=sum(plans for plans, is_known in in_the_way if is_known),
         plans_not_counted=sum(plans for plans, is_known in in_the_way if not is_known),
         leave_out=_leave_out(scene, expected),
+        seconds_anywhere=anywhere if _is_noticeably_sooner(anywhere, expected.seconds) else None,
     )
 
 
@@ -173,11 +180,17 @@ def _leave_out(scene: _Scene, expected: Dealt) -> LeaveOut | None:
         seconds = scene.seconds_without(fewer)
         if seconds is not None and seconds <= best:
             chosen, best = fewer, seconds
-    gain = (expected.seconds or 0.0) - best
-    if gain < NOTICEABLE_SECONDS or gain < NOTICEABLE_PART * (expected.seconds or 0.0):
+    if not _is_noticeably_sooner(best, expected.seconds):
         return None
     where = leaving_out(scene.own.work.job.requirements.where, "node", chosen)
     return None if where is None else LeaveOut(nodes=tuple(chosen), where=where, seconds=best)
+
+
+def _is_noticeably_sooner(one: float | None, other: float | None) -> bool:
+    """Whether an end is so much before another that it is worth telling; any end is before none."""
+    if one is None or other is None:
+        return one is not None
+    return other - one >= max(NOTICEABLE_SECONDS, NOTICEABLE_PART * other)
 
 
 def _is_long(seconds: float | None) -> bool:

@@ -144,6 +144,14 @@ def test_who_holds_up_the_end_is_named_with_the_option(command: Command, service
     assert "Without " not in heeded
 
 
+def test_what_labels_cost_is_told_with_the_option(command: Command, service: Service, rows: Path) -> None:
+    """A job that no worker with these labels can run would be done somewhere else."""
+    told = command("preview", "rows.jsonl", "-m", "tiny", "--where", 'zone == "home"').stdout
+    found = re.search(r"On workers with other labels, too, it would be done in about (.+): leave --where out\n", told)
+    assert found, told
+    assert f"Done in about {found[1]} (" in command("preview", "rows.jsonl", "-m", "tiny").stdout
+
+
 QUOTED: dict[str, Any] = {"placement": {}, "longest_row_tokens": None, "left_out_rows": 0}
 
 

@@ -247,6 +247,21 @@ def test_nobody_is_left_out_who_is_needed_or_only_imagined() -> None:
     assert (told.leave_out, [part.saves_seconds for part in told.workers]) == (None, [None, None])
 
 
+def test_what_the_labels_cost_is_told() -> None:
+    """Where the job would end noticeably sooner on everybody, or could run on somebody at all, and no earlier than that."""
+    workers = [worker("home", speed=0.1), worker("away", speed=2.0)]
+    here = replace(job(20_000), requirements=replace(job().requirements, where='node == "home"'))
+    told = quote(here, workers, [])
+    assert told.seconds_anywhere == quote(job(20_000), workers, []).seconds
+    assert seconds_of(told) > 2 * seconds_of(quote(job(20_000), workers, []))
+    nowhere = replace(here, requirements=replace(here.requirements, where='node == "moon"'))
+    assert quote(nowhere, workers, []).seconds is None
+    assert quote(nowhere, workers, []).seconds_anywhere == told.seconds_anywhere
+    fast = replace(here, requirements=replace(here.requirements, where='node == "away"'))
+    assert quote(fast, workers, []).seconds_anywhere is None
+    assert quote(job(20_000), workers, []).seconds_anywhere is None
+
+
 @settings(max_examples=60)
 @given(st.lists(st.floats(0.005, 10), min_size=2, max_size=5), st.integers(1_000, 30_000), st.sampled_from([1, 256, 1_000]))
 def test_the_advice_never_makes_it_later(speeds: list[float], rows: int, rows_per_plan: int) -> None:
