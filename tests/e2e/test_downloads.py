@@ -31,11 +31,10 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def make_fleet(tmp_path: Path, hub: Hub) -> Iterator[Callable[..., Fleet]]:
-    """Fleets on SQLite whose workers find the hub and an empty models root, with scripted runners unless told otherwise."""
+    """Fleets whose workers find the hub and an empty models root: on SQLite, with scripted runners, unless told otherwise."""
     made: list[Fleet] = []
 
-    def make(*, runner: str | None = SCRIPTED) -> Fleet:
-        url = f"sqlite:///{tmp_path}/ollm.db"
+    def make(*, runner: str | None = SCRIPTED, url: str = f"sqlite:///{tmp_path}/ollm.db") -> Fleet:
         upgrade(url)
         (tmp_path / "models").mkdir()
         settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
@@ -109,11 +108,13 @@ def test_a_job_for_a_model_that_nobody_has_is_answered(make_fleet: Callable[...,
     assert ended["downloads"] == []
 
 
-def test_a_worker_that_is_killed_in_the_middle_loses_nothing(make_fleet: Callable[..., Fleet], hub: Hub, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_in_the_middle_loses_nothing(
+    make_fleet: Callable[..., Fleet], hub: Hub, tmp_path: Path, migrated_copy: str
+) -> None:
     """SIGKILL takes the fetching process along; another worker on the same disk goes on with what lies there."""
     hub.add("org/large", make_model(tmp_path / "source", tensors=LARGE))
     hub.held = {"model.safetensors"}
-    fleet = make_fleet()
+    fleet = make_fleet(url=migrated_copy)
     attic = fleet.start_worker("attic", **ALLOWED)
     job = fleet.calls.submit("org/large", ROWS)
     assert hub.is_held.wait(SECONDS)

@@ -1,6 +1,7 @@
 """What is remembered of downloads: who asked, who has it, how far it is, and who is told?"""
 
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -49,6 +50,17 @@ def test_a_model_is_asked_for_once_while_it_is_under_way(store: Store) -> None:
     assert {download.download_id for download in store.downloads.list(reference="org/name")} == {"dl_1", "dl_3", "dl_4"}
     with pytest.raises(NotFound, match="no download dl_9"):
         store.downloads.get("dl_9")
+
+
+def test_many_who_ask_and_take_at_once_get_one(store: Store) -> None:
+    """Eight coordinators ask for the same, and eight workers reach for it: one download, one lease."""
+    worker = new_worker(store)
+    with ThreadPoolExecutor(8) as pool:
+        asked = list(pool.map(lambda number: store.downloads.request(MODEL, f"dl_{number}"), range(8)))
+        assert sum(is_new for _, is_new in asked) == 1
+        assert len({download.download_id for download, _ in asked}) == 1
+        taken = list(pool.map(lambda _: store.downloads.claim(worker, "north", new_lease(), anything), range(8)))
+    assert sum(download is not None for download in taken) == 1
 
 
 def test_only_a_worker_that_may_gets_a_download(store: Store) -> None:
