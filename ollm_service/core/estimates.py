@@ -19,8 +19,11 @@ activations  of one layer over the prompt, the larger of
              its feed-forward part, B·P·(4·H + 3·I + 2·E·H)·w: the embeddings, the layer's input, the sum after attention, its
              norm; gate, up and product (four of them where GELU is computed in steps); the routed copies going in and out.
              With mlp-chunking, the part of I and E for one chunk, and B·P·H·w for what the chunks make;
-             its attention, B·P·(3·H + 4·Q)·w: the rotation's temporaries, or keys and values repeated for all heads
-scores       models without SDPA in transformers compute A·B·P² scores, `SCORE_BYTES` each; counted as activations
+             its attention, B·P·(3·H + 4·Q)·w: the rotation's temporaries, or keys and values repeated for all heads;
+             linear attention's part, with D of all its heads: B·P·(3·H + 7·D)·w of projections, and in float32 over whole chunks
+             of 64 positions 11·D and 3·64 for each head.
+             In a step of the answer B·(4·H + 3·I)·w, of latent attention 4·B·T·Q·w, of linear attention three of its states
+scores       models without SDPA in transformers compute A·B·P² scores of `_score_bytes` each; counted as activations
 masks        1 byte for each of B·P² (w without SDPA), for full and sliding layers apart, and w more while attention runs. None
              where no row is padded: a lone row, unless its prompt fills the window
 logits       B·V·(w + 1): of the last position, and whether each is a number. Rows that sample sort float32 copies:
@@ -48,10 +51,10 @@ MIB = 1024**2
 RUNTIME_BYTES: Mapping[str, int] = MappingProxyType({"cpu": 352 * MIB, "cuda": 512 * MIB, "mps": 0})
 # Code and tables that are loaded with the first model, and the libraries' buffers; on CUDA those of cuBLAS.
 WORKSPACE_BYTES: Mapping[str, int] = MappingProxyType({"cpu": 32 * MIB, "cuda": 64 * MIB, "mps": 64 * MIB})
-TOKENIZER_BYTES = 640
-SAMPLER_BYTES = 28
-DEVICE_SLOTS, HOST_SLOTS = 2, 3
-PAGE_TOKENS, MOST_TAIL_BYTES = 128, 8 * MIB
+TOKENIZER_BYTES = 640  # of an entry of the vocabulary, as byte pairs: its text, its merges, and tables both ways
+SAMPLER_BYTES = 28  # of a logit: its float32 copy, the sorted ones, their order, and what top_p makes of them
+DEVICE_SLOTS, HOST_SLOTS = 2, 3  # a layer computes while the next arrives; on the way from disk a third is being read
+PAGE_TOKENS, MOST_TAIL_BYTES = 128, 8 * MIB  # the runner's own, from `workers/runner/kv`
 USUAL_WINDOW_TOKENS = 256
 # Those for which transformers has no SDPA attention; they compute all scores.
 EAGER_MODELS = frozenset(

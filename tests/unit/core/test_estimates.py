@@ -1,9 +1,11 @@
 """What does a micro-batch need, part by part? Each part computed by hand for a model whose numbers are easy."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from ollm_service.core import estimates
 from ollm_service.core.estimates import (
     DEVICE_SLOTS,
     HOST_SLOTS,
@@ -203,3 +205,11 @@ def test_without_a_known_prompt_all_may_be_prompt() -> None:
     careful = estimate_memory(MODEL, GREEDY, rows=4, tokens=500)
     assert careful == estimate_memory(MODEL, GREEDY, rows=4, tokens=500, prompt_tokens=500)
     assert all(careful.device_bytes >= needs(rows=4, prompt=prompt, answer=500 - prompt).device_bytes for prompt in (1, 250, 499))
+
+
+def test_the_page_about_placement_has_the_formulae() -> None:
+    """They stand beside the code that computes them; the page shows the same lines."""
+    formulae = (estimates.__doc__ or "").partition("before it has a model (`RUNTIME_BYTES`).\n\n")[2].partition("\n\nSources:")[0]
+    page = Path(__file__).parents[3].joinpath("docs", "placement.md").read_text(encoding="utf-8")
+    assert len(formulae.splitlines()) > 20
+    assert f"```\n{formulae}\n```" in page
