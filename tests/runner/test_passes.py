@@ -1,6 +1,5 @@
 """How do passes end, and what do they leave behind? Evidence from real forward passes, and no file."""
 
-import json
 import shutil
 import threading
 from collections.abc import Sequence
@@ -8,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from ollm_service.core.leasing import WorkRow
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
@@ -17,8 +15,6 @@ from ollm_service.core.plan import PassId
 from ollm_service.core.wire import AttemptFailed, BatchDone, BatchStarted, Execute, Finished, Message, SpecializationFailed
 from tests.runner.commands import first_outcomes, make_command, of_kind, only, results_of, run, work_row
 from workers.runner.engine import Engine
-from workers.runner.kv.folder import PrivateFolder, delete_orphans
-from workers.runner.kv.pages import PageFile, Traffic
 
 DISK, CHUNKS = PassId.DISK_CACHE, PassId.MLP_CHUNKING
 # Of the small llama: 2 layers, keys and values, 2 key heads of 8 floats.
@@ -98,12 +94,10 @@ def test_a_pass_that_breaks_down_after_rows_were_reported_ends_the_attempt(engin
     assert (failure.code, failure.error_type) == ("pass_failed", "FileNotFoundError")
 
 
-def test_disk_cache_needs_a_folder_and_a_known_strategy(engine: Engine, llama: Path, tmp_path: Path) -> None:
-    """Without a cache folder, or with a strategy that the runner does not have, the pass fails."""
-    rows = [work_row(0, "hello")]
-    assert only(run(engine, paged_command(llama, rows, None)), SpecializationFailed).error_type == "NoCacheFolder"
-    ring = make_command(llama, rows, passes=(DISK,), kv=KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER, cache_dir=tmp_path)
-    assert only(run(engine, ring), SpecializationFailed).error_type == "UnknownStrategy"
+def test_disk_cache_needs_a_folder(engine: Engine, llama: Path) -> None:
+    """Without a cache folder the pass fails."""
+    command = paged_command(llama, [work_row(0, "hello")], None)
+    assert only(run(engine, command), SpecializationFailed).error_type == "NoCacheFolder"
 
 
 def test_chunks_are_counted(engine: Engine, llama: Path) -> None:
@@ -173,53 +167,3 @@ def test_a_plan_whose_rows_are_all_refused_needs_no_pass(engine: Engine, llama: 
     """Where no row can run, every planned pass ends as not needed."""
     messages = run(engine, paged_command(llama, [work_row(0, None)], tmp_path, passes=(DISK, CHUNKS)))
     assert first_outcomes(messages) == {pass_id: NotNeeded(reason="no row could run") for pass_id in (DISK, CHUNKS)}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_pages_hold_the_very_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
-    """What is read back equals what was written, of the rows that are kept; the manifest says where each page lies."""
-    traffic = Traffic()
-    file = PageFile(tmp_path, 3, traffic)
-    pages = [(torch.randn(4, 2, tokens, 8).to(dtype), torch.randn(4, 2, tokens, 6).to(dtype)) for tokens in (128, 5)]
-    for keys, values in pages:
-        file.append(keys, values)
-    file.keep_rows(torch.tensor([3, 1, 0]))
-    file.keep_rows(torch.tensor([0, 2]))
-    keys_read, values_read = file.read(torch.device("cpu"))
-    file.close()
-    assert all(torch.equal(found, keys[[3, 0]]) for found, (keys, _) in zip(keys_read, pages, strict=True))
-    assert all(torch.equal(found, values[[3, 0]]) for found, (_, values) in zip(values_read, pages, strict=True))
-    header, *entries = map(json.loads, (tmp_path / "layer-003.jsonl").read_text().splitlines())
-    assert header == {"format": "ollm-kv-paged", "schema_version": 1, "layer": 3, "dtype": str(dtype).removeprefix("torch.")}
-    assert [entry["tokens"] for entry in entries] == [[0, 128], [128, 133]]
-    data = (tmp_path / "layer-003.pages").read_bytes()
-    assert len(data) == traffic.bytes_written == sum(entry[part]["bytes"] for entry in entries for part in ("key", "value"))
-    offset = entries[1]["offset"]
-    assert data[offset : offset + entries[1]["key"]["bytes"]] == bytes(pages[1][0].view(torch.uint8).flatten().tolist())
-
-
-def test_a_truncated_page_file_is_an_error(tmp_path: Path) -> None:
-    """A file that lost bytes is never read as if it were whole."""
-    file = PageFile(tmp_path, 0, Traffic())
-    file.append(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))
-    (tmp_path / "layer-000.pages").write_bytes(b"")
-    with pytest.raises(OSError, match="ends after 0 of 256 bytes"):
-        file.read(torch.device("cpu"))
-    file.close()
-
-
-def test_orphans_are_deleted_and_owned_folders_are_not(tmp_path: Path) -> None:
-    """A folder whose owner is gone is deleted; one that is in use, a foreign one and a link out of the cache folder stay."""
-    owned = PrivateFolder(tmp_path)
-    orphan, foreign, outside = tmp_path / "kv-orphan", tmp_path / "kv-foreign", tmp_path / "outside"
-    for folder in (orphan, foreign, outside):
-        folder.mkdir()
-    (orphan / "owner.lock").touch()
-    (outside / "owner.lock").touch()
-    (tmp_path / "kv-link").symlink_to(outside)
-    assert delete_orphans(tmp_path) == 1
-    assert not orphan.exists()
-    assert foreign.exists()
-    assert (outside / "owner.lock").exists()
-    owned.delete()
-    assert not owned.path.exists()

@@ -26,7 +26,8 @@ def generate(model: LoadedModel, rows: Sequence[EncodedRow], pulse: Pulse, measu
     tokens_BL, mask_BT = left_padded([row.tokens for row in rows], model.pad_token, model.device)
     positions_BL = (mask_BT.cumsum(dim=-1) - 1).clamp(min=0)
     running = answers
-    with model.open_cache() as cache:
+    most_tokens = tokens_BL.shape[-1] + max(row.max_new_tokens for row in rows)
+    with model.open_cache(rows=len(rows), tokens=most_tokens) as cache:
         while True:
             pulse()
             began = time.monotonic()

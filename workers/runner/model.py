@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,12 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from workers.runner.weights.streaming import LayerStream, layer_names
 
-CacheSource = Callable[[], AbstractContextManager[Cache]]
+
+class CacheSource(Protocol):
+    """Gives the KV cache of one micro-batch for as long as that runs."""
+
+    def __call__(self, *, rows: int, tokens: int) -> AbstractContextManager[Cache]:
+        """For so many rows, of which none has more tokens than that at its end, padding included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +78,7 @@ def resident_cache(module: PreTrainedModel) -> CacheSource:
     """A KV cache that stays on the device."""
 
     @contextmanager
-    def opened() -> Iterator[Cache]:
+    def opened(*, rows: int, tokens: int) -> Iterator[Cache]:  # noqa: ARG001 - it grows as it is filled
         yield DynamicCache(config=module.config)
 
     return opened

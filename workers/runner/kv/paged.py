@@ -1,32 +1,53 @@
-"""How does a KV cache live in files instead of memory?
+"""paged: how does a KV cache live in files instead of memory?
 
 Rules: after the prompt's forward pass all its keys and values are on disk; the tokens generated since are a tail in memory,
 written as soon as it fills a page. What is written is released. Attention needs a layer's whole history, so it is read back for
 the time of that layer's attention: the memory bound is one layer's history, not all of them.
 
-B rows, H key heads, T tokens, D head width; keys and values are [B, H, T, D].
+B rows, H key heads, L new tokens, T tokens so far, D head width; keys and values are [B, H, T, D].
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
-from workers.runner.kv.pages import PAGE_TOKENS, PageFile, Traffic
+from ollm_service.core.estimates import MOST_TAIL_BYTES, PAGE_TOKENS
+from ollm_service.core.profile import ModelProfile
+from workers.runner.kv.layer import FileLayer
+from workers.runner.kv.pages import Encoding, PageFile, Raw
+from workers.runner.kv.traffic import Traffic
 
-_MOST_TAIL_BYTES = 8 * 1024**2
+
+class Paged:
+    """The strategy: every bit is kept, so that tokens stay those of a resident cache."""
+
+    encoding: Encoding = Raw()
+
+    def most_file_bytes(self, profile: ModelProfile, rows: int, tokens: int) -> int:
+        """All of them."""
+        return rows * tokens * profile.kv_bytes_per_token
+
+    def layer(self, folder: Path, index: int, traffic: Traffic, reserved_bytes: int) -> "PagedLayer":
+        """A layer whose pages are files in `folder`. Raises OSError."""
+        return PagedLayer(PageFile(folder, index, traffic, self.encoding, reserved_bytes))
+
+    def evidence(self, traffic: Traffic) -> str:
+        """Bytes and pages."""
+        return f"{traffic.bytes_written:,} bytes written in {traffic.pages_written:,} pages"
+
+    def measured(self, traffic: Traffic) -> Mapping[str, float]:
+        """The pages."""
+        return {"kv_pages_written": float(traffic.pages_written)}
 
 
-class PagedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers does not annotate it
+class PagedLayer(FileLayer):  # type: ignore[no-untyped-call]  # transformers does not annotate it
     """One layer's cache: pages in a file and a tail of less than a page in memory."""
 
     def __init__(self, pages: PageFile) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # transformers does not annotate it
+        super().__init__()
         self._pages = pages
         self._tail: tuple[list[Tensor], list[Tensor]] = ([], [])
 
@@ -34,25 +55,57 @@ class PagedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers
         """Add new tokens; returns the whole history. Raises OSError when the disk fails."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values = self._pages.read(key_states.device)
-        tail_keys, tail_values = self._tail
-        history = torch.cat([*keys, *tail_keys, key_states], dim=-2), torch.cat([*values, *tail_values, value_states], dim=-2)
-        # The new states may be views of the layer's large intermediates; the tail keeps copies of its own.
-        tail_keys.append(key_states.clone())
-        tail_values.append(value_states.clone())
-        is_prompt = key_states.shape[-2] > 1
-        if is_prompt or self._tail_tokens() >= PAGE_TOKENS or self._tail_bytes() >= _MOST_TAIL_BYTES:
-            self._spill()
+        if self.get_seq_length() == 0:
+            self._write(key_states, value_states)
+            return key_states, value_states
+        history = self._history(key_states, value_states)
+        self._tail[0].append(key_states)
+        self._tail[1].append(value_states)
+        if self._tail_tokens() >= PAGE_TOKENS or self._tail_bytes() >= MOST_TAIL_BYTES:
+            tail, self._tail = self._tail, ([], [])
+            self._write(torch.cat(tail[0], dim=-2), torch.cat(tail[1], dim=-2))
+        else:
+            # The new states may be views of the layer's large intermediates; the tail keeps copies of its own.
+            self._tail[0][-1], self._tail[1][-1] = key_states.clone(), value_states.clone()
         return history
 
     def get_seq_length(self) -> int:
         """Tokens on disk and in memory."""
         return self._pages.tokens + self._tail_tokens()
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
-        self._pages.keep_rows(indices)
-        self._tail = ([part[indices] for part in self._tail[0]], [part[indices] for part in self._tail[1]])
+    def select_rows(self, rows_B: Tensor) -> None:
+        """Keep these rows, in this order."""
+        self._pages.select_rows(rows_B)
+        self._tail = ([part[rows_B] for part in self._tail[0]], [part[rows_B] for part in self._tail[1]])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest -`tokens_to_remove` tokens: as in transformers the number is negative. Raises OSError."""
+        left = -tokens_to_remove
+        while left > 0 and self._tail[0]:
+            keys, values = self._tail[0].pop(), self._tail[1].pop()
+            if keys.shape[-2] > left:
+                self._tail[0].append(keys[..., :-left, :])
+                self._tail[1].append(values[..., :-left, :])
+            left -= keys.shape[-2]
+        if left > 0:
+            self._pages.crop(left)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._pages.close()
+
+    def _history(self, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Everything so far and the new tokens, each in one piece: nothing else of it is in memory but a page at a time."""
+        tokens = self.get_seq_length() + new_keys.shape[-2]
+        keys = new_keys.new_empty((*new_keys.shape[:2], tokens, new_keys.shape[-1]))
+        values = new_values.new_empty((*new_values.shape[:2], tokens, new_values.shape[-1]))
+        self._pages.read(keys, values)
+        start = self._pages.tokens
+        for part_keys, part_values in zip([*self._tail[0], new_keys], [*self._tail[1], new_values], strict=True):
+            end = start + part_keys.shape[-2]
+            keys[..., start:end, :], values[..., start:end, :] = part_keys, part_values
+            start = end
+        return keys, values
 
     def _tail_tokens(self) -> int:
         return sum(part.shape[-2] for part in self._tail[0])
@@ -60,30 +113,7 @@ class PagedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers
     def _tail_bytes(self) -> int:
         return sum(part.nbytes for parts in self._tail for part in parts)
 
-    def _spill(self) -> None:
-        keys, values = torch.cat(self._tail[0], dim=-2), torch.cat(self._tail[1], dim=-2)
+    def _write(self, keys: Tensor, values: Tensor) -> None:
         for start in range(0, keys.shape[-2], PAGE_TOKENS):
             end = start + PAGE_TOKENS
             self._pages.append(keys[..., start:end, :], values[..., start:end, :])
-        self._tail = ([], [])
-
-
-def can_be_paged(module: PreTrainedModel) -> bool:
-    """Whether the model has layers that keep their full history."""
-    return any(type(layer) is DynamicLayer for layer in DynamicCache(config=module.config).layers)
-
-
-@contextmanager
-def paged_cache(module: PreTrainedModel, folder: Path, traffic: Traffic) -> Iterator[Cache]:
-    """The cache of one micro-batch in `folder`: layers with a full history in files, bounded ones (sliding windows) in memory."""
-    files: list[PageFile] = []
-    layers = DynamicCache(config=module.config).layers
-    try:
-        for index, layer in enumerate(layers):
-            if type(layer) is DynamicLayer:
-                files.append(PageFile(folder, index, traffic))
-                layers[index] = PagedLayer(files[-1])
-        yield Cache(layers=layers)
-    finally:
-        for file in files:
-            file.close()

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from transformers import Cache
 
@@ -12,20 +13,26 @@ from ollm_service.core.passes import Applied, Failed, NotNeeded, PassOutcome
 from ollm_service.core.plan import PassId
 from ollm_service.core.wire import Execute
 from workers.runner.interruptions import PassFailed
+from workers.runner.kv.files import free_bytes
 from workers.runner.kv.folder import PrivateFolder, delete_orphans
-from workers.runner.kv.paged import can_be_paged, paged_cache
-from workers.runner.kv.pages import Traffic
+from workers.runner.kv.paged import Paged
+from workers.runner.kv.strategy import Strategy, cache_in_files, has_history
+from workers.runner.kv.traffic import Traffic
 from workers.runner.model import LoadedModel
+
+_STRATEGIES: Mapping[KVCacheStrategy, Strategy] = MappingProxyType({KVCacheStrategy.PAGED: Paged()})
 
 
 class DiskCache:
-    """The pass. Evidence: the bytes that real forward passes wrote."""
+    """The pass. Evidence: the bytes that real forward passes wrote, and what the strategy made of them."""
 
     pass_id = PassId.DISK_CACHE
 
     def __init__(self, model: LoadedModel, command: Execute) -> None:
         self._model = model
         self._placement = command.placement
+        self._profile = command.profile
+        self._strategy = _STRATEGIES.get(command.placement.kv_cache_strategy)
         self._cache_dir = None if command.cache_dir is None else Path(command.cache_dir)
         self._resident = model.open_cache
         self._folder: PrivateFolder | None = None
@@ -38,11 +45,11 @@ class DiskCache:
         if strategy is KVCacheStrategy.RESIDENT:
             why = self._placement.kv_details.get("strategy_selector_reason", "so placed")
             return NotNeeded(reason=f"the KV cache stays in memory: {why}")
-        if strategy is not KVCacheStrategy.PAGED:
+        if self._strategy is None:
             return Failed(reason=f"KV cache strategy `{strategy}` is not offered by this runner", error_type="UnknownStrategy")
         if self._cache_dir is None:
             return Failed(reason="this worker has no cache folder", error_type="NoCacheFolder")
-        if not can_be_paged(self._model.module):
+        if not has_history(self._model.module):
             return Failed(reason="no layer of the model keeps a full history", error_type="NothingToPage")
         return None
 
@@ -57,11 +64,11 @@ class DiskCache:
         self._model.open_cache = self._opened
 
     def evidence(self) -> PassOutcome:
-        """Applied with the bytes written; failed where none were."""
-        traffic = self._traffic
-        if traffic.bytes_written == 0:
+        """Applied with what the strategy says; failed where nothing was written."""
+        assert self._strategy is not None
+        if self._traffic.bytes_written == 0:
             return Failed(reason="no forward pass wrote to the cache folder", error_type="NoEvidence")
-        return Applied(evidence=f"{traffic.bytes_written:,} bytes written in {traffic.pages_written:,} pages")
+        return Applied(evidence=self._strategy.evidence(self._traffic))
 
     def undo(self) -> None:
         """Give the model its resident cache back and delete the folder."""
@@ -71,27 +78,34 @@ class DiskCache:
             self._folder = None
 
     def measured(self) -> Mapping[str, float]:
-        """Bytes written and read back."""
-        return {
-            "kv_bytes_written": float(self._traffic.bytes_written),
-            "kv_bytes_read": float(self._traffic.bytes_read),
-            "kv_pages_written": float(self._traffic.pages_written),
-        }
+        """Bytes written and read back, and what the strategy counts besides."""
+        assert self._strategy is not None
+        moved = {"kv_bytes_written": float(self._traffic.bytes_written), "kv_bytes_read": float(self._traffic.bytes_read)}
+        return {**moved, **self._strategy.measured(self._traffic)}
 
     @contextmanager
-    def _opened(self) -> Iterator[Cache]:
+    def _opened(self, *, rows: int, tokens: int) -> Iterator[Cache]:
         assert self._folder is not None
+        assert self._strategy is not None
         self._micro_batches += 1
         path: Path | None = None
         try:
             path = self._folder.subfolder(f"batch-{self._micro_batches:06d}")
-            with paged_cache(self._model.module, path, self._traffic) as cache:
+            most = self._strategy.most_file_bytes(self._profile, rows, tokens)
+            self._check_room(path, most)
+            with cache_in_files(self._model.module, self._strategy, path, self._traffic, most) as cache:
                 yield cache
         except OSError as error:
             raise self._failed("the KV cache cannot be written or read back", error) from error
         finally:
             if path is not None:
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _check_room(self, folder: Path, most: int) -> None:
+        free = free_bytes(folder)
+        if most > free:
+            what = f"No space left for the KV cache: its files may take {most:,} bytes, and {free:,} are free"
+            raise PassFailed(self.pass_id, what, "NoRoomForCache")
 
     def _failed(self, what: str, error: OSError) -> PassFailed:
         return PassFailed(self.pass_id, f"{what}: {error.strerror or error}", type(error).__name__)
