@@ -70,7 +70,7 @@ def test_what_is_not_on_the_hub_cannot_be_asked_for(http: TestClient, service: S
 
 
 def test_a_model_is_asked_for_where_a_worker_may_fetch_it(http: TestClient, service: Service) -> None:
-    """Refused where nobody may; else a download, seen by its id, in the list, and with its model. Asking again changes nothing."""
+    """Refused where nobody may; else a download, seen by its id, in the list and with its model. Asking twice changes nothing."""
     new_worker(service.store, "attic")
     refused = http.post("/v1/models/pull", json={"model": "org/name"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "conflict")
