@@ -1,5 +1,6 @@
 """What do the runner's tests share? An engine that stays warm, and small models on disk."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,16 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def llama(model_dirs: dict[str, Path]) -> Path:
     """The small llama."""
     return model_dirs["llama"]
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A small model of a family, made when it is first asked for."""
+    root, made = tmp_path_factory.mktemp("families"), dict[str, Path]()
+
+    def family(name: str) -> Path:
+        if name not in made:
+            made[name] = save_model(root / name, name)
+        return made[name]
+
+    return family

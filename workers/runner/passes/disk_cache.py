@@ -4,11 +4,11 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 
 from transformers import Cache
 
-from ollm_service.core.options import KVCacheStrategy
+from ollm_service.core.estimates import USUAL_WINDOW_TOKENS
+from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
 from ollm_service.core.passes import Applied, Failed, NotNeeded, PassOutcome
 from ollm_service.core.plan import PassId
 from ollm_service.core.wire import Execute
@@ -16,11 +16,11 @@ from workers.runner.interruptions import PassFailed
 from workers.runner.kv.files import free_bytes
 from workers.runner.kv.folder import PrivateFolder, delete_orphans
 from workers.runner.kv.paged import Paged
+from workers.runner.kv.quantized import QuantizedColdTier
+from workers.runner.kv.ring import SlidingWindowRingBuffer
 from workers.runner.kv.strategy import Strategy, cache_in_files, has_history
 from workers.runner.kv.traffic import Traffic
 from workers.runner.model import LoadedModel
-
-_STRATEGIES: Mapping[KVCacheStrategy, Strategy] = MappingProxyType({KVCacheStrategy.PAGED: Paged()})
 
 
 class DiskCache:
@@ -32,7 +32,7 @@ class DiskCache:
         self._model = model
         self._placement = command.placement
         self._profile = command.profile
-        self._strategy = _STRATEGIES.get(command.placement.kv_cache_strategy)
+        self._strategy = _strategy_of(command.placement.kv_cache_strategy, command.config)
         self._cache_dir = None if command.cache_dir is None else Path(command.cache_dir)
         self._resident = model.open_cache
         self._folder: PrivateFolder | None = None
@@ -41,12 +41,9 @@ class DiskCache:
 
     def check(self) -> PassOutcome | None:
         """Not needed where the placement keeps the cache in memory; fails without a folder, or for a model without history."""
-        strategy = self._placement.kv_cache_strategy
-        if strategy is KVCacheStrategy.RESIDENT:
+        if self._strategy is None:
             why = self._placement.kv_details.get("strategy_selector_reason", "so placed")
             return NotNeeded(reason=f"the KV cache stays in memory: {why}")
-        if self._strategy is None:
-            return Failed(reason=f"KV cache strategy `{strategy}` is not offered by this runner", error_type="UnknownStrategy")
         if self._cache_dir is None:
             return Failed(reason="this worker has no cache folder", error_type="NoCacheFolder")
         if not has_history(self._model.module):
@@ -109,3 +106,16 @@ class DiskCache:
 
     def _failed(self, what: str, error: OSError) -> PassFailed:
         return PassFailed(self.pass_id, f"{what}: {error.strerror or error}", type(error).__name__)
+
+
+def _strategy_of(strategy: KVCacheStrategy, config: RuntimeConfig) -> Strategy | None:
+    """How the files are kept; None: there are none."""
+    match strategy:
+        case KVCacheStrategy.RESIDENT:
+            return None
+        case KVCacheStrategy.PAGED:
+            return Paged()
+        case KVCacheStrategy.QUANTIZED_COLD_TIER:
+            return QuantizedColdTier()
+        case KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER:
+            return SlidingWindowRingBuffer(config.kv_cache_window_tokens or USUAL_WINDOW_TOKENS)
