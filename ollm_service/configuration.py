@@ -21,7 +21,7 @@ PREFIX = "OLLM_"
 # The fields of Settings, which a client, who has no need of it, does not load.
 SERVICE_KEYS = (
     *("data_dir", "database_url", "broker_url", "models_dir", "cache_dir", "node", "worker_labels", "slots", "lease_seconds"),
-    *("allow_downloads", "download_repos"),
+    *("allow_downloads", "download_repos", "memory_limit_gb"),
     *("stall_seconds", "drain_seconds", "runner_command", "host", "port", "api_keys", "max_body_bytes"),
 )
 

@@ -15,7 +15,6 @@ from tests.runner.commands import answers, first_outcomes, make_command, of_kind
 from tests.runner.models import plain_greedy, save_model
 from workers.runner.engine import Engine
 from workers.runner.raw import pages
-from workers.runner.weights import repack
 from workers.runner.weights.extents import ALIGNMENT, CorruptExtents, ExtentFile, ExtentWriter, Origin
 
 OFFLOAD, CHUNKS = PassId.CPU_OFFLOAD, PassId.MLP_CHUNKING
@@ -134,13 +133,10 @@ def test_a_damaged_extent_found_while_streaming_ends_the_attempt_and_not_the_nex
     assert answers(engine, order) == right
 
 
-def test_no_room_for_extents_is_said_in_bytes(
-    families: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_room_for_extents_is_said_in_bytes(families: Callable[[str], Path], tmp_path: Path) -> None:
     """Before anything is written, and without a folder it is said that one is needed."""
     order = command(families("llama"), tmp_path, (0, 1))
-    monkeypatch.setattr(repack, "ROOM_FACTOR", 1e18)
-    failed = only(run(Engine(), replace(order, profile=replace(order.profile, weight_bytes=100))), AttemptFailed)
+    failed = only(run(Engine(), replace(order, profile=replace(order.profile, weight_bytes=10**18))), AttemptFailed)
     assert failed.code == "disk_full"
     assert "bytes are needed" in failed.message
     assert not (weights_folder(order) / "weights.extents").stat().st_size

@@ -15,7 +15,7 @@ from scripts.write_settings_page import PAGE, page
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("ollm_service", "workers")
-MODEL_LIBRARIES = ("torch", "transformers", "safetensors")
+MODEL_LIBRARIES = ("accelerate", "torch", "transformers", "safetensors")
 # What a client reads, and where settings are; everything else that starts with OLLM_ is a field of Settings.
 OTHER_VARIABLES = {"OLLM_BASE_URL", "OLLM_API_KEY", "OLLM_CONFIG_FILE"}
 MOST_SETTINGS = 24
