@@ -12,9 +12,10 @@ weights      all tensors as loaded. Of layers that are not kept on the device, `
 kv, prompt   B·(P·(F + S) + R). Sliding layers, too, hold the whole prompt: until the next token transformers keeps a view of it
              (`DynamicSlidingWindowLayer.update`)
 kv, answer   B·(T·F + min(T, W)·S + R), and B·T·K / 2: a layer's keys are there twice while one token is added (`torch.cat`)
-kv in files  B·(P·S + R) and 3·B·P·K while a prompt is written: what attention gets, the copy of the tail, the page. While a layer
-             is read back 3·B·T·K: the file's bytes, those of the rows still running, and all in one piece. Between the layers
-             tails of at most `PAGE_TOKENS` or `MOST_TAIL_BYTES` a layer. int8 makes the file's bytes 1/w, a ring min(T, window)
+kv in files  while a prompt is written B·(P·S + R) and what attention gets of one layer, B·P·K; in a ring two more of its window.
+             While a layer is read back B·T·K, in one piece; from a ring 3·B·min(T, window)·K: the file's bytes, keys and values,
+             both with the new token. Besides a page on its way, B·`PAGE_TOKENS`·K, four where int8 is made or undone, and
+             between the layers tails of at most `PAGE_TOKENS` or `MOST_TAIL_BYTES` a layer; a ring has neither
 activations  of one layer over the prompt, the larger of
              its feed-forward part, B·P·(4·H + 3·I + 2·E·H)·w: the embeddings, the layer's input, the sum after attention, its
              norm; gate, up and product (four of them where GELU is computed in steps); the routed copies going in and out.
@@ -31,7 +32,7 @@ logits       B·V·(w + 1): of the last position, and whether each is a number. 
 workspace    `WORKSPACE_BYTES`; on the CPU, where there is no other memory, the tokenizer, too: V·`TOKENIZER_BYTES`
 host         on accelerators: the tokenizer, what sampling sorts, layers kept there, and `HOST_SLOTS` times the largest of those
              that come from disk
-disk         B·T·F of the KV cache in files, or what int8 or a ring leaves of it
+disk         B·T·F of the KV cache in files; of int8 a byte for each element and 4 for each head; of a ring B·min(T, window)·F
 
 Sources: the modules of transformers 5.23 (sdpa_attention.py, masking_utils.py, cache_utils.py, the models themselves) and our
 own runner, read, and compared with measured peaks by `bench/estimates.py`.
@@ -55,6 +56,7 @@ TOKENIZER_BYTES = 640  # of an entry of the vocabulary, as byte pairs: its text,
 SAMPLER_BYTES = 28  # of a logit: its float32 copy, the sorted ones, their order, and what top_p makes of them
 DEVICE_SLOTS, HOST_SLOTS = 2, 3  # a layer computes while the next arrives; on the way from disk a third is being read
 PAGE_TOKENS, MOST_TAIL_BYTES = 128, 8 * MIB  # the runner's own, from `workers/runner/kv`
+SCALE_BYTES = 4  # of the numbers that one head keeps of a token in int8
 USUAL_WINDOW_TOKENS = 256
 # Those for which transformers has no SDPA attention; they compute all scores.
 EAGER_MODELS = frozenset(
@@ -79,8 +81,6 @@ _MIDDLE_COPIES: Mapping[str, int] = MappingProxyType(
 )
 _PLAIN_SCORES = frozenset({"gemma2", "granite_swa", "granitemoe_swa", "vaultgemma", "t5gemma"})
 _EXPERTS_COPIES, _GATED_COPIES = 4, 3
-# Tensors as wide as the model that live through the feed-forward part, where they are not four.
-_STREAM_COPIES: Mapping[str, int] = MappingProxyType({"gpt2": 6, "stablelm": 6})
 # The chunks in which the gated delta rule is computed (`chunk_size` of transformers' own implementation).
 _DELTA_CHUNK = 64
 _SPILLED = frozenset(KVCacheStrategy) - {KVCacheStrategy.RESIDENT}
@@ -183,8 +183,7 @@ def _prompt(profile: ModelProfile, layout: Layout, rows: int, prompt: int) -> _M
     attention = positions * (3 * hidden + 4 * queries) * element + scores * _score_bytes(profile)
     chunk = positions if layout.mlp_rows is None else min(positions, layout.mlp_rows)
     chunked = 0 if chunk == positions else positions * hidden
-    stream = positions * _STREAM_COPIES.get(profile.model_type or "", 4) * hidden
-    feed_forward = (stream + chunked + chunk * _middle_width(profile) + scores) * element
+    feed_forward = (positions * 4 * hidden + chunked + chunk * _middle_width(profile) + scores) * element
     turned = positions * _rotation_width(profile) * element
     kv = _prompt_kv(profile, layout, rows, prompt)
     return max(
@@ -242,8 +241,9 @@ def _prompt_kv(profile: ModelProfile, layout: Layout, rows: int, prompt: int) ->
         return rows * profile.kv_bytes(1, prompt)
     a_row = prompt * (profile.kv_bytes_per_token + profile.sliding_kv_bytes_per_token) + profile.state_bytes_per_row
     if layout.kv in _SPILLED:
-        a_row += prompt * (3 * _widest(profile) - profile.kv_bytes_per_token)
-    return rows * max(a_row, 0)
+        in_window = 2 * min(prompt, layout.window_tokens) if layout.kv is KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER else 0
+        a_row += (prompt + in_window) * _widest(profile) - prompt * profile.kv_bytes_per_token
+    return rows * (a_row + _page_bytes(profile, layout, prompt))
 
 
 def _answer(profile: ModelProfile, layout: Layout, rows: int, tokens: int, prompt: int) -> _Moment:
@@ -252,8 +252,10 @@ def _answer(profile: ModelProfile, layout: Layout, rows: int, tokens: int, promp
     source = prompt if profile.kind is GenericModelKind.SEQ2SEQ_LM else 0
     kv = rows * profile.kv_bytes(tokens, source)
     seen = tokens if profile.kv_bytes_per_token or profile.sliding_window is None else min(tokens, profile.sliding_window)
-    if layout.kv in _SPILLED:
-        kv += rows * (_spilled_tokens(layout, tokens) * 3 * widest - tokens * profile.kv_bytes_per_token)
+    if layout.kv is KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER:
+        kv += rows * (min(tokens, layout.window_tokens) * 3 * widest - tokens * profile.kv_bytes_per_token)
+    elif layout.kv in _SPILLED:
+        kv += rows * (tokens * (widest - profile.kv_bytes_per_token) + _page_bytes(profile, layout, tokens))
         full_layers = -(-profile.kv_bytes_per_token // widest) if widest else 0
         kv += full_layers * min(rows * min(tokens, PAGE_TOKENS) * widest, MOST_TAIL_BYTES)
     else:
@@ -276,17 +278,20 @@ def _widest(profile: ModelProfile) -> int:
     return profile.widest_kv_bytes_per_token or all_layers // max(1, profile.layer_count)
 
 
-def _spilled_tokens(layout: Layout, tokens: int) -> int:
-    is_ring = layout.kv is KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER
-    return min(tokens, layout.window_tokens) if is_ring else tokens
+def _page_bytes(profile: ModelProfile, layout: Layout, tokens: int) -> int:
+    """What one row has of a page that is being written or read."""
+    copies = {KVCacheStrategy.PAGED: 1, KVCacheStrategy.QUANTIZED_COLD_TIER: 4}.get(layout.kv, 0)
+    return copies * min(tokens, PAGE_TOKENS) * _widest(profile)
 
 
 def _on_disk(profile: ModelProfile, layout: Layout, rows: int, tokens: int) -> int:
     """The KV cache in files; layers of sliding attention stay in memory."""
     if layout.kv not in _SPILLED:
         return 0
-    a_row = _spilled_tokens(layout, tokens) * profile.kv_bytes_per_token
+    if layout.kv is KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER:
+        return rows * min(tokens, layout.window_tokens) * profile.kv_bytes_per_token
     if layout.kv is KVCacheStrategy.QUANTIZED_COLD_TIER:
-        scales = 2 * 4 * profile.layer_count * -(-tokens // PAGE_TOKENS)
-        a_row = a_row // weight_element_bytes(profile) + scales
-    return rows * a_row
+        elements = profile.kv_bytes_per_token // weight_element_bytes(profile)
+        head_size = profile.attention_width // max(1, profile.attention_heads)
+        return rows * tokens * (elements + SCALE_BYTES * -(-elements // max(1, head_size)))
+    return rows * tokens * profile.kv_bytes_per_token

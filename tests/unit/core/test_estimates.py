@@ -161,30 +161,37 @@ def test_a_padded_batch_needs_a_mask_and_a_lone_row_none() -> None:
 
 
 def test_kv_in_files_leaves_one_layer_in_memory() -> None:
-    """What lies in files counts on the disk; in memory three copies of one layer's history and the tails of all layers."""
+    """What lies in files counts on the disk; in memory one layer's history, a page on its way, and the tails of all layers."""
     found = needs(layout=PAGED, rows=2, prompt=1, answer=999)
     assert found.disk == 2 * 1000 * LAYERS * KV
-    assert found.kv == 2 * 3 * 1000 * KV + LAYERS * min(2 * 128 * KV, MOST_TAIL_BYTES)
+    assert found.kv == 2 * (1000 + 128) * KV + LAYERS * min(2 * 128 * KV, MOST_TAIL_BYTES)
     wide = replace(MODEL, kv_bytes_per_token=LAYERS * KV * 1024, widest_kv_bytes_per_token=KV * 1024)
     kept = needs(wide, PAGED, rows=4, prompt=1, answer=999).kv
-    assert kept == 4 * 3 * 1000 * KV * 1024 + LAYERS * MOST_TAIL_BYTES
+    assert kept == 4 * (1000 + 128) * KV * 1024 + LAYERS * MOST_TAIL_BYTES
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_quantized_files_take_a_byte_an_element(dtype: str) -> None:
-    """int8 takes a byte for each element, and two float32 scales a layer and page of 128 tokens."""
+def test_a_prompt_that_goes_to_files_is_there_for_one_layer() -> None:
+    """The layers before it are written; what slides stays in memory."""
+    sliding = replace(MODEL, kv_bytes_per_token=KV, sliding_kv_bytes_per_token=3 * KV, sliding_window=2000)
+    assert needs(layout=PAGED, rows=8, prompt=1000).kv == 8 * (1000 + 128) * KV
+    assert needs(sliding, PAGED, rows=8, prompt=1000).kv == 8 * (4 * 1000 + 128) * KV
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
+def test_quantized_files_take_a_byte_an_element(dtype: str, width: int) -> None:
+    """int8 takes a byte for each element, and a float32 scale for what each head keeps of a token."""
     model = replace(MODEL, dtype=dtype)
     quantized = replace(GREEDY, kv=KVCacheStrategy.QUANTIZED_COLD_TIER)
-    width = 4 if dtype == "float32" else 2
-    assert needs(model, quantized, rows=3, prompt=129, answer=1).disk == 3 * (130 * LAYERS * KV // width + 2 * 4 * LAYERS * 2)
+    elements = LAYERS * KV // width
+    assert needs(model, quantized, rows=3, prompt=129, answer=1).disk == 3 * 130 * (elements + 4 * elements // HEAD)
 
 
 def test_a_ring_bounds_memory_and_disk() -> None:
-    """A ring keeps a window of tokens, however long the row."""
+    """A ring keeps a window of tokens, however long the row: in memory three times one layer's."""
     ring = replace(GREEDY, kv=KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER, window_tokens=64)
     long, longer = needs(layout=ring, rows=2, prompt=1, answer=4000), needs(layout=ring, rows=2, prompt=1, answer=8000)
     assert long.disk == longer.disk == 2 * 64 * LAYERS * KV
-    assert long.kv == longer.kv
+    assert long.kv == longer.kv == 2 * 64 * 3 * KV
 
 
 def test_layers_that_pass_through_take_turns() -> None:
