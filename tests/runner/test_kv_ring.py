@@ -48,8 +48,10 @@ def newest_only(window: int) -> Callable[[Tensor], Tensor]:
     return hide
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+@pytest.mark.parametrize(
+    ("family", "micro_batch"),
+    [("llama", 1), ("llama", 3), ("llama", 8), ("qwen2", 8), ("gpt2", 3), ("gemma3", 8), ("qwen3-moe", 3), ("gpt-oss", 8)],
+)
 def test_a_window_longer_than_the_rows_keeps_the_tokens(
     engine: Engine, families: Callable[[str], Path], tmp_path: Path, family: str, micro_batch: int
 ) -> None:
