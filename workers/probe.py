@@ -201,9 +201,7 @@ def _kind_reason(kind: str) -> str | None:
 
 
 def _strategy_reason(strategy: KVCacheStrategy, no_cache_because: str | None) -> str | None:
-    if strategy is KVCacheStrategy.RESIDENT:
-        return None
-    return no_cache_because if strategy is KVCacheStrategy.PAGED else NOT_IN_THIS_ENGINE
+    return None if strategy is KVCacheStrategy.RESIDENT else no_cache_because
 
 
 def _why_unwritable(folders: Collection[Path]) -> str | None:

@@ -145,10 +145,10 @@ class RingLayer(FileLayer):  # type: ignore[no-untyped-call]  # transformers doe
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._like = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
-        window = key_states, value_states
-        if self._visible:
-            old_keys, old_values = self._newest(self._visible)
-            window = torch.cat([old_keys, key_states], dim=-2), torch.cat([old_values, value_states], dim=-2)
+        window, old = (key_states, value_states), self._visible
+        if old:
+            window = self._newest(old, room=key_states.shape[-2])
+            window[0][..., old:, :], window[1][..., old:, :] = key_states, value_states
         self._ring.append(key_states, value_states)
         return window
 
@@ -183,11 +183,12 @@ class RingLayer(FileLayer):  # type: ignore[no-untyped-call]  # transformers doe
         """How many of the tokens that are kept the next one attends to."""
         return min(self._ring.seen, self._ring.slots - 1)
 
-    def _newest(self, tokens: int) -> tuple[Tensor, Tensor]:
+    def _newest(self, tokens: int, room: int = 0) -> tuple[Tensor, Tensor]:
+        """The newest tokens that are kept, with room for so many new ones behind them."""
         like_keys, like_values = self._like
-        keys = like_keys.new_empty((*like_keys.shape[:2], tokens, like_keys.shape[-1]))
-        values = like_values.new_empty((*like_values.shape[:2], tokens, like_values.shape[-1]))
-        self._ring.read(keys, values)
+        keys = like_keys.new_empty((*like_keys.shape[:2], tokens + room, like_keys.shape[-1]))
+        values = like_values.new_empty((*like_values.shape[:2], tokens + room, like_values.shape[-1]))
+        self._ring.read(keys[..., :tokens, :], values[..., :tokens, :])
         return keys, values
 
 
