@@ -35,7 +35,7 @@ from ollm_service.core.options import GenerationConfig, KVCacheStrategy, Runtime
 from ollm_service.core.placement import Placement, RowBounds, place
 from ollm_service.core.planning import plan
 from ollm_service.core.profile import ModelProfile
-from ollm_service.core.rates import MeasuredAttempt, Rate, measured_rate, probed_rate
+from ollm_service.core.rates import MeasuredAttempt, Rate, Run, measured_rate, probed_rate
 from ollm_service.core.requirements import requirements_of
 from ollm_service.core.resolution import HeldModel
 from ollm_service.core.wire import Execute, Finished, Loaded, to_json
@@ -185,11 +185,14 @@ class Bench:
         probed = probed_rate(
             profile,
             device,
-            rows=placement.micro_batch,
+            Run(
+                rows=placement.micro_batch,
+                prompt_tokens=shape.prompt,
+                tokens=shape.prompt + shape.answer // 2,
+                kv=placement.kv_cache_strategy,
+                is_sampled=shape.is_sampled,
+            ),
             disk_rate=disk_rate,
-            tokens=shape.prompt + shape.answer // 2,
-            kv=placement.kv_cache_strategy,
-            is_sampled=shape.is_sampled,
         )
         seen = MeasuredAttempt(
             placement=to_json(placement), measured=first | {"device": device.name, "backend": command.runtime_plan.backend_id}

@@ -26,6 +26,8 @@ KV_TRAFFIC: Mapping[str, int] = MappingProxyType({"cpu": 4, "cuda": 3, "mps": 3}
 # Measured on a CPU with models of the smallest width.
 LAYER_SECONDS, EXPERTS_SECONDS, PASS_SECONDS = 5e-4, 5e-4, 1e-3
 ROW_SECONDS, PLAN_SECONDS, LOAD_SECONDS = 1.5e-4, 0.05, 0.4
+# Bytes a second from host memory to an accelerator: PCIe 4 of 16 lanes moves about so much. Not measured.
+LINK_RATE = 20e9
 # Sorting one logit of a row that samples among the likeliest (top_p); it is done on the CPU.
 SORT_SECONDS = 1.7e-7
 # What a quote from probed speed may be wrong by, either way; what was measured varies less.
@@ -109,22 +111,31 @@ def _beside_the_passes(attempt: MeasuredAttempt) -> float:
     return max(0.0, attempt.number("generate_seconds") - passes)
 
 
-def probed_rate(
-    profile: ModelProfile,
-    device: Device,
-    *,
-    rows: int,
-    disk_rate: float | None,
-    tokens: int = 0,
-    kv: KVCacheStrategy = KVCacheStrategy.RESIDENT,
-    is_sampled: bool = False,
-) -> Rate | None:
-    """What the device's probed speed allows; None where it was not probed. `tokens` are a row's half-way through its answer.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What the speed of a model on a device depends on besides both.
+
+    `rows` run together, each of `prompt_tokens` and half-way through its answer of `tokens`. Of the layers `host_bytes` come from
+    host memory in every pass, and `disk_bytes` from disk.
+    """
+
+    rows: int
+    prompt_tokens: int = 0
+    tokens: int = 0
+    kv: KVCacheStrategy = KVCacheStrategy.RESIDENT
+    is_sampled: bool = False
+    host_bytes: int = 0
+    disk_bytes: int = 0
+
+
+def probed_rate(profile: ModelProfile, device: Device, run: Run, *, disk_rate: float | None) -> Rate | None:
+    """What the device's probed speed allows; None where it was not probed.
 
     A prompt costs 2 operations for each token and parameter of the layers. A pass reads the layers and the head, goes over every
     row's KV cache, and costs those operations for each row; the two overlap little. Of a mixture of experts a token computes with
     those that it is routed to, and B rows read those that any of them meets: E·(1 - (1 - k/E)^B) of E, where one meets k. A KV
-    cache in files goes through the disk, too: a prompt's once, and all of it in each pass. Loading reads the weights.
+    cache in files goes through the disk, too: a prompt's once, and all of it in each pass. Layers that are not kept come while
+    others compute: a pass takes at least as long as they do. Loading reads the weights.
     """
     kind = device.kind
     arithmetic = device.arithmetic.get(profile.dtype or "", 0.0) * ARITHMETIC_EFFICIENCY.get(kind, 0.0)
@@ -136,20 +147,23 @@ def probed_rate(
     routed = profile.experts_per_token / profile.expert_count if profile.expert_count else 0.0
     dense = max(0, _layer_bytes(profile) - profile.expert_bytes)
     head = profile.head_bytes or profile.embedding_bytes
+    rows = run.rows
     met = 1 - (1 - routed) ** rows
-    in_files = 0 if kv is KVCacheStrategy.RESIDENT else profile.kv_bytes_per_token
+    in_files = 0 if run.kv is KVCacheStrategy.RESIDENT else profile.kv_bytes_per_token
     prompt_seconds = 2 * (dense + profile.expert_bytes * routed) / element / arithmetic + in_files * disk_seconds
     pass_seconds = (
         (dense + profile.expert_bytes * met + head) / memory_rate
         + rows * 2 * (dense + profile.expert_bytes * routed + head) / element / arithmetic
-        + rows * (profile.kv_bytes(tokens) * KV_TRAFFIC[kind] / memory_rate + tokens * in_files * disk_seconds)
+        + rows * (profile.kv_bytes(run.tokens) * KV_TRAFFIC[kind] / memory_rate + run.tokens * in_files * disk_seconds)
         + profile.layer_count * (LAYER_SECONDS + EXPERTS_SECONDS * (profile.expert_count > 0))
-        + rows * profile.vocabulary_size * SORT_SECONDS * is_sampled
+        + rows * profile.vocabulary_size * SORT_SECONDS * run.is_sampled
         + PASS_SECONDS
     )
+    brought_seconds = max(run.host_bytes / LINK_RATE, run.disk_bytes * disk_seconds)
+    prompt_seconds = max(prompt_seconds, brought_seconds / (rows * max(1, run.prompt_tokens)))
     return Rate(
         prefill=1 / prompt_seconds if prompt_seconds else float("inf"),
-        pass_seconds=pass_seconds,
+        pass_seconds=max(pass_seconds, brought_seconds),
         rows=float(rows),
         load_seconds=LOAD_SECONDS + profile.weight_bytes * disk_seconds,
         spread=PROBED_SPREAD,

@@ -12,7 +12,7 @@ from ollm_service.core.options import RuntimeConfig
 from ollm_service.core.placement import Placement, RowBounds, Unplaceable, place
 from ollm_service.core.plan import RuntimePlan
 from ollm_service.core.profile import ModelProfile
-from ollm_service.core.rates import MeasuredAttempt, Rate, measured_rate, output_share, probed_rate, tokens_per_byte
+from ollm_service.core.rates import MeasuredAttempt, Rate, Run, measured_rate, output_share, probed_rate, tokens_per_byte
 from ollm_service.core.requirements import Requirements
 
 # What nobody has measured: rows rarely use all the tokens that they are allowed.
@@ -203,9 +203,24 @@ def _worker_quote(work: Work, candidate: Candidate, attempts: Sequence[MeasuredA
         placement=placed,
         device=device,
         free_bytes=candidate.live.device_free_bytes.get(device.device_id, 0),
-        rate=rate or probed_rate(job.profile, device, rows=placed.micro_batch, disk_rate=disk_rate),
+        rate=rate or probed_rate(job.profile, device, disk_rate=disk_rate, run=_run(work, placed)),
         left_out_rows=0 if longest is None else work.row_count - bisect_right(work.lengths, longest),
         longest_row_tokens=longest,
+    )
+
+
+def _run(work: Work, placed: Placement) -> Run:
+    """What a rate depends on, for a mean row half-way through its answer."""
+    rows = max(1, work.row_count)
+    prompt, output = work.prompt_tokens / rows, work.output_tokens / rows * work.share(None)
+    sizes = work.job.profile.layer_bytes
+    return Run(
+        rows=min(placed.micro_batch, work.job.rows_per_plan, rows),
+        prompt_tokens=round(prompt),
+        tokens=round(prompt + output / 2),
+        kv=placed.kv_cache_strategy,
+        host_bytes=sum(sizes[layer] for layer in placed.host_layers),
+        disk_bytes=sum(sizes[layer] for layer in placed.disk_layers),
     )
 
 
@@ -232,5 +247,6 @@ def _row_seconds(work: Work, found: WorkerQuote, luck: bool | None) -> float | N
     outputs = max(0.0, work.output_tokens / work.row_count * work.share(luck) - 1)
     prompts = work.prompt_tokens / work.row_count / rate.prefill
     passes = outputs * rate.pass_seconds_of(rows, is_pessimistic=luck is not True) / rows
+    beside = rate.row_seconds + rate.plan_seconds / work.job.rows_per_plan
     factor = 1.0 if luck is None else 1 / rate.spread if luck else rate.spread
-    return (prompts + passes) * factor
+    return (prompts + passes + beside) * factor

@@ -15,7 +15,7 @@ from ollm_service.core.plan import GenericModelKind, NativeFamily, PassId
 from ollm_service.core.planning import plan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.quote import Ahead, Candidate, Job, Quote, RowSize, quote
-from ollm_service.core.rates import MeasuredAttempt, output_share, tokens_per_byte
+from ollm_service.core.rates import PLAN_SECONDS, MeasuredAttempt, output_share, tokens_per_byte
 from ollm_service.core.requirements import requirements_of
 from ollm_service.core.resolution import HeldModel
 
@@ -116,13 +116,13 @@ def test_a_quote_tells_how_much_how_fast_and_by_whom() -> None:
 
 
 def test_measured_quotes_are_closer_and_say_so() -> None:
-    """By hand: 3 s of loading, then for each row 100 tokens at 500 a second and 15 passes of 0.1 s shared by the micro-batch."""
+    """By hand: 3 s of loading, a plan, and for each row 100 tokens at 500 a second and its part of 15 passes of 0.1 s."""
     found = quote(job(100), [worker("box")], [MEASURED])
     (box,) = found.workers
     assert box.placement is not None
     rows = min(box.placement.micro_batch, 100)
     passes = 15 * 0.1 * max(1.0, rows / 8) / rows
-    assert found.seconds == pytest.approx(3 + 100 * (100 / 500 + passes))
+    assert found.seconds == pytest.approx(3 + 100 * (100 / 500 + passes) + PLAN_SECONDS)
     assert found.is_measured
     _, expected, slowest = span(found)
     assert slowest / expected < 1.5

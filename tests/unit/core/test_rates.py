@@ -13,6 +13,7 @@ from ollm_service.core.rates import (
     EXPERTS_SECONDS,
     KV_TRAFFIC,
     LAYER_SECONDS,
+    LINK_RATE,
     LOAD_SECONDS,
     MEMORY_EFFICIENCY,
     PASS_SECONDS,
@@ -20,6 +21,7 @@ from ollm_service.core.rates import (
     SORT_SECONDS,
     MeasuredAttempt,
     Rate,
+    Run,
     measured_rate,
     probed_rate,
 )
@@ -55,7 +57,8 @@ MEASURED = MeasuredAttempt(
 
 def probed(model: ModelProfile = MODEL, device: Device = CPU, **changes: Any) -> Rate:
     """A rate from the device's speed."""
-    rate = probed_rate(model, device, **{"rows": 1, "disk_rate": None, **changes})
+    disk_rate = changes.pop("disk_rate", None)
+    rate = probed_rate(model, device, Run(**{"rows": 1, **changes}), disk_rate=disk_rate)
     assert rate is not None
     return rate
 
@@ -101,8 +104,20 @@ def test_what_was_not_measured_follows_from_the_device() -> None:
 
 def test_a_device_that_was_not_probed_has_no_rate() -> None:
     """Neither without a rate of its memory nor for a kind of number that it was not probed with."""
-    assert probed_rate(MODEL, replace(CPU, memory_rate=None), rows=1, disk_rate=None) is None
-    assert probed_rate(replace(MODEL, dtype="float16"), CPU, rows=1, disk_rate=None) is None
+    assert probed_rate(MODEL, replace(CPU, memory_rate=None), Run(rows=1), disk_rate=None) is None
+    assert probed_rate(replace(MODEL, dtype="float16"), CPU, Run(rows=1), disk_rate=None) is None
+
+
+def test_layers_that_are_not_kept_bound_a_pass() -> None:
+    """From disk or over the link, they come while others compute: what is slower decides, for a prompt's pass, too."""
+    kept = probed(rows=4, prompt_tokens=10, disk_rate=1e9)
+    hidden = probed(rows=4, prompt_tokens=10, disk_rate=1e9, disk_bytes=1_000)
+    assert hidden == kept
+    streamed = probed(rows=4, prompt_tokens=10, disk_rate=1e9, disk_bytes=320_000_000)
+    assert streamed.pass_seconds == pytest.approx(0.32)
+    assert streamed.prefill == pytest.approx(4 * 10 / 0.32)
+    offloaded = probed(rows=4, host_bytes=20_000_000_000)
+    assert offloaded.pass_seconds == pytest.approx(20e9 / LINK_RATE)
 
 
 def test_a_model_whose_layers_are_not_known_counts_all_but_its_embeddings() -> None:
