@@ -2,8 +2,9 @@
 
 Rules: the prompt's forward pass sees all of the prompt, for its keys and values are in memory then anyway; of these the newest N
 are kept. From then on a new token attends to exactly the N newest, itself among them; older ones are evicted and counted. Layers
-that the model itself bounds keep their own window. Answers are those of a full history as long as a row, padding included, is no
-longer than N tokens; then they differ, so the strategy is inexact by definition.
+that the model itself bounds keep their own window. Answers are those of a full history as long as a row has at most N tokens,
+whatever padding is in front of it; then they differ, so the strategy is inexact by definition. A forward pass of several tokens
+after the prompt's shows each of them all N - 1 that came before the first.
 
 `layer-NNN.ring` has N slots, and token t, counted from the first column, padding included, lies in slot t mod N: its keys
 [B, H, D], then its values, in the machine's byte order. `layer-NNN.jsonl` says so, anew whenever rows leave: then what is kept is
