@@ -13,7 +13,7 @@ from ollm_service.coordinator.submission import ROWS_PER_PLAN, chunks
 from ollm_service.core.known_devices import as_offered_by, hypothetical
 from ollm_service.core.options import GenerationConfig
 from ollm_service.core.quote import Ahead, Candidate, Job, Quote, RowSize, quote
-from ollm_service.core.row_size import own_limit, prompt_bytes
+from ollm_service.core.row_size import is_sampled, own_limit, prompt_bytes
 from ollm_service.store.jobs import NewRow
 from ollm_service.store.quotes import StoredPreview
 from ollm_service.store.views import PlansAhead, WorkerView
@@ -146,4 +146,8 @@ def _example(workers: Sequence[WorkerView]) -> WorkerView | None:
 
 
 def _size(row: NewRow, settings: GenerationConfig) -> RowSize:
-    return RowSize(prompt_bytes=prompt_bytes(row.request), max_new_tokens=own_limit(row.request) or settings.max_new_tokens)
+    return RowSize(
+        prompt_bytes=prompt_bytes(row.request),
+        max_new_tokens=own_limit(row.request) or settings.max_new_tokens,
+        is_sampled=is_sampled(row.request, settings.temperature),
+    )

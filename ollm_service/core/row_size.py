@@ -27,6 +27,12 @@ def most_prompt_tokens(request: Mapping[str, Any]) -> int:
     return prompt_bytes(request) + MESSAGE_TOKENS * messages + TEMPLATE_TOKENS
 
 
+def is_sampled(request: Mapping[str, Any], temperature: float) -> bool:
+    """Whether a row draws its tokens: by its own temperature, or by that of its job."""
+    own: float = (request.get("generation") or {}).get("temperature", temperature)
+    return own > 0
+
+
 def own_limit(request: Mapping[str, Any]) -> int | None:
     """How many tokens a row may answer at most, where it says so itself."""
     limit: int | None = (request.get("generation") or {}).get("max_new_tokens")

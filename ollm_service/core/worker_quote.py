@@ -22,10 +22,11 @@ MOST_PLANS_DEALT = 4_096  # more are dealt out in equal heaps
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowSize:
-    """One row: the bytes of its prompt and the most tokens that it may answer."""
+    """One row: the bytes of its prompt, the most tokens that it may answer, and whether it may draw them."""
 
     prompt_bytes: int
     max_new_tokens: int
+    is_sampled: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,7 @@ class WorkerQuote:
 class Work:
     """The rows in figures: lengths in ascending order with all of their output, and the part of that which is really made.
 
-    `prompts` are the tokens of the same rows' prompts.
+    `prompts` are the tokens of the same rows' prompts; `is_sampled`: some row may draw its tokens.
     """
 
     job: Job
@@ -89,6 +90,7 @@ class Work:
     prompt_tokens: int
     output_tokens: int
     shares: tuple[float, float]
+    is_sampled: bool
 
     @property
     def row_count(self) -> int:
@@ -164,6 +166,7 @@ def _work(job: Job, attempts: Sequence[MeasuredAttempt]) -> Work:
         prompt_tokens=sum(prompts),
         output_tokens=sum(row.max_new_tokens for row in job.rows),
         shares=(share, share) if share is not None else USUAL_OUTPUT_SHARE,
+        is_sampled=any(row.is_sampled for row in job.rows),
     )
 
 
@@ -188,6 +191,7 @@ def _worker_quote(work: Work, candidate: Candidate, attempts: Sequence[MeasuredA
             longest_prompt=max(work.prompts, default=1),
             shortest=work.lengths[0] if work.lengths else 1,
             count=min(work.row_count, job.rows_per_plan),
+            are_sampled=work.is_sampled,
         ),
     )
     if isinstance(placed, Unplaceable):
@@ -219,6 +223,7 @@ def _run(work: Work, placed: Placement) -> Run:
         prompt_tokens=round(prompt),
         tokens=round(prompt + output / 2),
         kv=placed.kv_cache_strategy,
+        is_sampled=work.is_sampled,
         host_bytes=sum(sizes[layer] for layer in placed.host_layers),
         disk_bytes=sum(sizes[layer] for layer in placed.disk_layers),
     )
@@ -232,7 +237,7 @@ def _longest_row(work: Work, candidate: Candidate, placed: Placement) -> int | N
     job, low, high = work.job, bisect_right(work.lengths, fits) - 1, bisect_right(work.lengths, work.most_context) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        rows = RowBounds(longest=work.lengths[middle], longest_prompt=work.prompts[middle], count=1)
+        rows = RowBounds(longest=work.lengths[middle], longest_prompt=work.prompts[middle], count=1, are_sampled=work.is_sampled)
         found = place(job.plan, job.profile, job.config, job.requirements, candidate.capabilities, candidate.live, rows)
         low, high = (middle, high) if isinstance(found, Placement) else (low, middle - 1)
     return work.lengths[low] if low >= 0 else fits

@@ -82,7 +82,7 @@ def job(count: int = 1_000, rows_per_plan: int = 100) -> Job:
         profile=PROFILE,
         config=RuntimeConfig(),
         requirements=requirements_of(planned.plan, PROFILE, RuntimeConfig()),
-        rows=[RowSize(prompt_bytes=400, max_new_tokens=32)] * count,
+        rows=[RowSize(prompt_bytes=400, max_new_tokens=32, is_sampled=False)] * count,
         rows_per_plan=rows_per_plan,
     )
 
@@ -289,3 +289,11 @@ def test_every_row_is_dealt_to_somebody(speeds: list[float], rows: int, rows_per
     assert sum(part.share for part in found.workers) == pytest.approx(1)
     fastest, expected, slowest = span(found)
     assert 0 < fastest <= expected <= slowest
+
+
+def test_rows_that_draw_their_tokens_take_longer() -> None:
+    """One that may is enough for a slower quote: logits are sorted for it."""
+    greedy = job(100)
+    mixed = replace(greedy, rows=[*greedy.rows[1:], replace(greedy.rows[0], is_sampled=True)])
+    (best,), (drawn,) = (quote(work, [worker("box")], []).workers for work in (greedy, mixed))
+    assert drawn.rows_an_hour < best.rows_an_hour
