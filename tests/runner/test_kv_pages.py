@@ -1,13 +1,17 @@
 """How do pages of keys and values lie in files, and what do they give back? Every bit of what is still wanted."""
 
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from workers.runner.kv.folder import PrivateFolder, delete_orphans
+from workers.runner.kv.paged import PagedLayer
 from workers.runner.kv.pages import PageFile, Raw
 from workers.runner.kv.traffic import Traffic
 
@@ -55,6 +59,41 @@ def test_newest_tokens_are_forgotten_across_pages(tmp_path: Path) -> None:
     assert torch.equal(keys, torch.cat([states[0], states[1][..., :2, :], states[3]], dim=-2))
     assert torch.equal(values, -keys)
     assert (tmp_path / "layer-000.pages").stat().st_size == (8 + 8 + 5) * 2 * (2 * 4) * 4, "the third page's place"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_paged_layer_gives_what_a_resident_one_gives(tmp_path: Path, seed: int) -> None:
+    """Whatever comes at a time, is forgotten again, leaves, is there several times or changes places: the same history."""
+    chance = random.Random(seed)
+    torch.manual_seed(seed)
+    paged = PagedLayer(PageFile(tmp_path, 0, Traffic(), Raw()))
+    resident: Any = DynamicLayer()  # type: ignore[no-untyped-call]  # transformers does not annotate it
+    rows = 3
+    for new in (chance.choice((1, 5, 300)), *(chance.choice((1, 1, 2, 60, 128, 200)) for _ in range(25))):
+        states = torch.randn(rows, 2, new, 4), torch.randn(rows, 2, new, 6)
+        for ours, theirs in zip(paged.update(*states), resident.update(*states), strict=True):
+            assert torch.equal(ours, theirs)
+        match chance.choice(("crop", "select", "repeat", "reorder", "go on", "go on")):
+            case "crop":
+                forgotten = chance.randrange(min(150, resident.get_seq_length()))
+                for layer in (paged, resident):
+                    layer.crop(-forgotten)
+            case "select" if rows > 1:
+                kept = torch.tensor(sorted(chance.sample(range(rows), rows - 1)))
+                for layer in (paged, resident):
+                    layer.batch_select_indices(kept)
+                rows -= 1
+            case "repeat" if rows < 4:
+                for layer in (paged, resident):
+                    layer.batch_repeat_interleave(2)
+                rows *= 2
+            case "reorder":
+                places = torch.tensor(chance.choices(range(rows), k=rows))
+                for layer in (paged, resident):
+                    layer.reorder_cache(places)
+        assert (paged.rows, paged.get_seq_length()) == (rows, resident.get_seq_length())
+        assert paged.get_mask_sizes(3) == resident.get_mask_sizes(3)
+    paged.close()
 
 
 def test_a_truncated_page_file_is_an_error(tmp_path: Path) -> None:
