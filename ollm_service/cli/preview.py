@@ -65,6 +65,8 @@ def preview(
         if read is not None or imagined:
             raise InvalidOption("--models-dir", "plans without a service, which alone quotes rows; leave out FILE and --if")
         found = preview_offline(models_dir, wanted, choices, where=where)
+    elif imagined and read is None:
+        raise InvalidOption("--if", "imagines a machine for a quote, which is made of rows; name a FILE")
     else:
         with Client() as client:
             found = client.preview(
@@ -93,6 +95,9 @@ def show(found: Preview, *, why: bool) -> None:
     if quote is not None:
         _show_quote(found, quote)
     else:
+        if found.raw.get("rows") is not None and found.id is not None:
+            rows = count(found.raw["rows"]["row_count"], "row")
+            say(f"{rows}, without a quote: what the model needs is not known until a worker has it.")
         for verdict in found.workers:
             say(f"{verdict.node}: {'can run it' if verdict.eligible else 'cannot: ' + '; '.join(verdict.reasons)}")
     for problem in (found.raw.get("rows") or {}).get("invalid", ()):
@@ -100,7 +105,7 @@ def show(found: Preview, *, why: bool) -> None:
     if quote is not None and why:
         for worker in quote["workers"]:
             _show_bytes(worker)
-    if quote is not None and found.id is not None:
+    if found.raw.get("rows") is not None and found.id is not None:
         say(f"Nothing has run. To run exactly this:\n  ollm-service submit --plan {found.id}")
 
 
@@ -108,8 +113,15 @@ def _model_and_file(target: str | None, model: str | None, rows: str | None) -> 
     """What the argument means: a file if there is one of that name, or if a model is named besides."""
     if target is None or rows is not None:
         return model or target, rows
-    is_file = target == STDIN or Path(target).is_file() or (model is not None and target != model)
+    is_file = target == STDIN or _is_file(target) or (model is not None and target != model)
     return (model, target) if is_file else (model or target, None)
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:
+        return False  # longer than any file's name
 
 
 def _machine(text: str) -> str | Mapping[str, Any]:
@@ -121,6 +133,7 @@ def _show_plan(found: Preview) -> None:
     plan = found.runtime_plan
     print_facts(
         {
+            "model": found.raw["resolved_model"]["resolution_message"],
             "runs on": plan.backend_id or "nothing",
             "why": plan.reason,
             "passes": ", ".join(plan.specialization_pass_ids),
@@ -262,6 +275,8 @@ def _show_bytes(worker: Mapping[str, Any]) -> None:
 
 
 def _when(quote: Mapping[str, Any]) -> str:
+    if not quote["row_count"]:
+        return "No row can be run."
     if quote["seconds"] is None:
         able = any(worker["placement"] for worker in quote["workers"])
         return "When it would be done is not known: no worker's speed is." if able else "No worker can run it now."

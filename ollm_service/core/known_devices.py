@@ -79,7 +79,14 @@ def hypothetical(wanted: str | Mapping[str, Any], model: ModelProfile) -> tuple[
 
 def as_offered_by(capabilities: Capabilities, example: Capabilities) -> Capabilities:
     """The same machine with the software of a real worker: what that cannot do, it cannot either."""
-    return replace(capabilities, backends=example.backends, passes=example.passes, kv_strategies=example.kv_strategies)
+    return replace(
+        capabilities,
+        backends=example.backends,
+        passes=example.passes,
+        kv_strategies=example.kv_strategies,
+        kinds=example.kinds,
+        no_adapters_because=example.no_adapters_because,
+    )
 
 
 def _described(wanted: Mapping[str, Any]) -> tuple[Device, int, int]:
@@ -87,6 +94,8 @@ def _described(wanted: Mapping[str, Any]) -> tuple[Device, int, int]:
     for name in wanted:
         if name not in allowed:
             raise InvalidOption("if", f"`{name}` is not a field of a device", allowed=allowed)
+    if "memory_bytes" not in wanted:
+        raise InvalidOption("if", "a device needs memory_bytes")
     try:
         host, slots = int(wanted.get("host_memory_bytes", USUAL_HOST_BYTES)), int(wanted.get("slots", 1))
         device = from_json(Device, {"device_id": "cuda:0", "name": "a device", **wanted})

@@ -84,7 +84,7 @@ def test_exit_codes(offline: Command, tmp_path: Path, arguments: tuple[str, ...]
     assert told in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("reference", ["../tiny", "path:/etc", "~/tiny", "a//b", "hf:", "x@", " "])
+@pytest.mark.parametrize("reference", ["../tiny", "path:/etc", "~/tiny", "a//b", "hf:", "x@", " ", "a" * 10_000])
 def test_references_exit_alike_with_a_service_and_without(command: Command, offline: Command, reference: str) -> None:
     """Malformed, or out of the models roots: 2 from both verbs and in both ways, and nothing is asked of a worker."""
     codes = {

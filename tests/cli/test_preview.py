@@ -73,6 +73,31 @@ def test_a_described_machine_is_read_from_its_file(command: Command, rows: Path)
     for wrong in ("broken.json", "absent.json", "abacus"):
         done = command("preview", "rows.jsonl", "-m", "tiny", "--if", wrong)
         assert (done.returncode, "if" in done.stderr) == (2, True)
+    done = command("preview", "tiny", "--if", "mine.json")
+    assert (done.returncode, "name a FILE" in done.stderr) == (2, True)
+
+
+def test_rows_that_nothing_can_be_made_of_are_told(command: Command, rows: Path) -> None:
+    """No speed is lacking where no row can be run; each is named with its reason."""
+    (rows.parent / "bad.jsonl").write_text("5\n", encoding="utf-8")
+    told = command("preview", "bad.jsonl", "-m", "tiny").stdout
+    assert "No row can be run." in told
+    assert "would fail: line 1 is not a JSON object" in told
+
+
+def test_rows_for_a_model_that_nobody_has_are_not_passed_over(command: Command, rows: Path) -> None:
+    """There is no quote, which is said; what was previewed can be submitted all the same."""
+    told = command("preview", "rows.jsonl", "-m", "llama3-8B-chat").stdout
+    assert "300 rows, without a quote" in told
+    assert "ollm-service submit --plan pl_" in told
+
+
+def test_a_preview_of_a_model_says_which_one_is_meant(command: Command, service: Service, rows: Path) -> None:
+    """Two digests under one name are both shown, with the way to choose."""
+    new_worker(service.store, "cellar", models=(replace(MODEL, digest="e" * 64),), devices=(FAST,))
+    told = command("preview", "tiny").stdout
+    assert "Of 2 different models of that name this is dddddddddddd; the others: eeeeeeeeeeee" in told
+    assert "tiny@sha256:DIGEST" in told
 
 
 def test_submit_runs_what_was_previewed(command: Command, service: Service, rows: Path) -> None:

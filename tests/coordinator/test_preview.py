@@ -112,6 +112,19 @@ def test_an_imagined_machine_takes_its_share(service: Service) -> None:
     for wrong in ("abacus", {"memory_bytes": "much"}, {"wheels": 4}, {"memory_bytes": -1}):
         with pytest.raises(InvalidOption, match="if:"):
             asked(service, if_workers=[wrong])
+    with pytest.raises(InvalidOption, match="if: a device needs memory_bytes"):
+        asked(service, if_workers=[{"name": "mine"}])
+
+
+def test_an_imagined_machine_runs_the_kinds_of_models_that_the_fleet_runs(service: Service) -> None:
+    """What a worker's software can, it can; what that cannot, it refuses with the worker's own reason."""
+    kind = MODEL.kind
+    assert kind is not None
+    new_worker(service.store, "attic", models=(MODEL,), devices=(FAST,), kinds={kind: "not in this version"})
+    quote = asked(service, if_workers=["h200"]).quote
+    assert quote is not None
+    here, h200 = quote.workers
+    assert h200.refused == here.refused == (f"models of kind {kind}: not in this version",)
 
 
 def test_a_submission_runs_what_was_previewed(service: Service) -> None:
