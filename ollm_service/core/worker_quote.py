@@ -158,7 +158,8 @@ def part_of(job: Job, candidates: Sequence[Candidate], attempts: Sequence[Measur
 def _work(job: Job, attempts: Sequence[MeasuredAttempt]) -> Work:
     ratio, share = tokens_per_byte(attempts, job.profile), output_share(attempts)
     prompts = [_prompt_tokens(row, ratio) for row in job.rows]
-    rows = sorted((prompt + row.max_new_tokens, prompt) for row, prompt in zip(job.rows, prompts, strict=True))
+    context = job.profile.max_context_tokens
+    rows = sorted((_length(prompt, row.max_new_tokens, context), prompt) for row, prompt in zip(job.rows, prompts, strict=True))
     return Work(
         job=job,
         lengths=[length for length, _ in rows],
@@ -172,6 +173,12 @@ def _work(job: Job, attempts: Sequence[MeasuredAttempt]) -> Work:
 
 def _prompt_tokens(row: RowSize, ratio: float) -> int:
     return max(1, round(row.prompt_bytes * ratio))
+
+
+def _length(prompt: int, max_new_tokens: int, context: int | None) -> int:
+    """The tokens of a row with its answer, which ends where the model's context is full; only a prompt may be longer."""
+    length = prompt + max_new_tokens
+    return length if context is None else max(prompt + 1, min(length, context))
 
 
 def _worker_quote(work: Work, candidate: Candidate, attempts: Sequence[MeasuredAttempt]) -> WorkerQuote:

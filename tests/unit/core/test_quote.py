@@ -235,6 +235,16 @@ def test_a_slow_worker_that_would_hold_up_the_end_is_named() -> None:
     assert again.leave_out.where == '(gpu_memory_gb >= 0 or zone == "a") and node != "it\'s"'
 
 
+def test_an_answer_that_would_go_beyond_the_context_ends_there() -> None:
+    """Such a row runs like any other; only a prompt that fills the context by itself has no room anywhere."""
+    few = job(2)
+    fits, full = RowSize(prompt_bytes=400, max_new_tokens=5_000), RowSize(prompt_bytes=4 * 4_096, max_new_tokens=1)
+    found = quote(replace(few, rows=[fits, *few.rows]), [worker("any")], [])
+    assert (found.unplaceable_rows, found.longest_row_tokens, found.workers[0].left_out_rows) == (0, 4_096, 0)
+    assert found.seconds is not None
+    assert quote(replace(few, rows=[full, *few.rows]), [worker("any")], []).unplaceable_rows == 1
+
+
 def test_nobody_is_left_out_who_is_needed_or_only_imagined() -> None:
     """The one worker with room for the longest rows stays, however slow; of imagined machines nothing is said."""
     rows = [*[RowSize(prompt_bytes=400, max_new_tokens=32)] * 20_000, RowSize(prompt_bytes=12_000, max_new_tokens=900)]
