@@ -12,7 +12,7 @@ from ollm_service.core.passes import Applied, NotNeeded
 from ollm_service.core.plan import PassId
 from ollm_service.core.wire import AttemptFailed, Execute, Loaded
 from tests.runner.commands import answers, first_outcomes, make_command, of_kind, only, results_of, run, work_row
-from tests.runner.models import plain_greedy, save_model
+from tests.runner.models import plain_greedy
 from workers.runner.engine import Engine
 from workers.runner.raw import pages
 from workers.runner.weights.extents import ALIGNMENT, CorruptExtents, ExtentFile, ExtentWriter, Origin
@@ -37,19 +37,6 @@ def weights_folder(order: Execute) -> Path:
     """Where the model's extents are."""
     assert order.weights_dir is not None
     return Path(order.weights_dir, order.profile.digest)
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A small model of a family, made when it is first asked for."""
-    root, made = tmp_path_factory.mktemp("families"), dict[str, Path]()
-
-    def family(name: str) -> Path:
-        if name not in made:
-            made[name] = save_model(root / name, name)
-        return made[name]
-
-    return family
 
 
 @pytest.mark.parametrize(
