@@ -29,7 +29,7 @@ class Pile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dealt:
-    """What became of the last pile: the seconds until all of it is done, None where nobody takes any of it.
+    """What became of the last piles: the seconds until all that anybody takes of them is done, None where nobody takes any.
 
     For each worker its rows, and the seconds until it begins with them, None where it takes none.
     """
@@ -39,18 +39,19 @@ class Dealt:
     begins: tuple[float | None, ...]
 
 
-def deal(piles: Sequence[Pile], busy: Sequence[float]) -> Dealt:
-    """Deal the piles out, each worker taking from the first of which it takes any. `busy` are the seconds until each is free."""
-    own, left = piles[-1], [pile.rows for pile in piles]
-    if all(seconds is None for seconds in own.row_seconds):
-        return Dealt(seconds=None, rows=(0,) * len(busy), begins=(None,) * len(busy))
+def deal(piles: Sequence[Pile], busy: Sequence[float], *, own: int = 1) -> Dealt:
+    """Deal the piles out, each worker taking from the first of which it takes any. `busy` are the seconds until each is free.
+
+    The last `own` piles are asked for; they are of one model, so that going from one to another loads nothing.
+    """
+    first, left = len(piles) - own, [pile.rows for pile in piles]
     rows, end = [0] * len(busy), 0.0
     begins: list[float | None] = [None] * len(busy)
-    loaded: list[Pile | None] = [None] * len(busy)
+    loaded: list[int | None] = [None] * len(busy)
     next_pile = [0] * len(busy)  # those before it are used up, or nothing for this worker
-    free = [(at, own.load_seconds[number], number) for number, at in enumerate(busy)]
+    free = [(at, piles[first].load_seconds[number], number) for number, at in enumerate(busy)]
     heapq.heapify(free)
-    while left[-1] > 0:
+    while free and any(left[first:]):
         at, tie, number = heapq.heappop(free)
         place = next_pile[number]
         while place < len(piles) and (left[place] == 0 or piles[place].row_seconds[number] is None):
@@ -58,14 +59,14 @@ def deal(piles: Sequence[Pile], busy: Sequence[float]) -> Dealt:
         next_pile[number] = place
         if place == len(piles):
             continue  # nothing is left for this worker
-        pile, taken = piles[place], min(piles[place].plan_rows, left[place])
+        pile, taken, is_own = piles[place], min(piles[place].plan_rows, left[place]), place >= first
         left[place] -= taken
-        if pile is own and begins[number] is None:
+        if is_own and begins[number] is None:
             begins[number] = at
-        if loaded[number] is not pile:
-            at, loaded[number] = at + pile.load_seconds[number], pile
+        if loaded[number] != min(place, first):
+            at, loaded[number] = at + pile.load_seconds[number], min(place, first)
         at += taken * (pile.row_seconds[number] or 0.0)
-        if pile is own:
+        if is_own:
             rows[number], end = rows[number] + taken, max(end, at)
         heapq.heappush(free, (at, tie, number))
-    return Dealt(seconds=end, rows=tuple(rows), begins=tuple(begins))
+    return Dealt(seconds=end if any(rows) else None, rows=tuple(rows), begins=tuple(begins))

@@ -13,7 +13,7 @@ from functools import cached_property
 from ollm_service.core.dealing import Dealt, deal
 from ollm_service.core.labels import leaving_out
 from ollm_service.core.rates import MeasuredAttempt
-from ollm_service.core.worker_quote import Candidate, Job, Part, RowSize, WorkerQuote, part_of
+from ollm_service.core.worker_quote import Candidate, Job, Part, RowSize, WorkerQuote, part_of, parts_of
 
 __all__ = ["Ahead", "Candidate", "Job", "LeaveOut", "Quote", "RowSize", "WorkerQuote", "quote"]
 
@@ -75,27 +75,29 @@ class Quote:
 
 def quote(job: Job, candidates: Sequence[Candidate], attempts: Sequence[MeasuredAttempt], ahead: Sequence[Ahead] = ()) -> Quote:
     """Quote a job. `attempts` are those that have run the same model, anywhere; `ahead` stands in the order of the queue."""
-    own = part_of(job, candidates, attempts)
+    own = parts_of(job, candidates, attempts)
     before = [(found, part_of(found.job, candidates, found.attempts)) for found in ahead]
     scene = _Scene(candidates=candidates, own=own, before=[(found, part) for found, part in before if part.is_known])
     in_the_way = [(found.plans, part.is_known) for found, part in before if _is_in_the_way(found, part, own)]
     expected, slow, fast = (scene.deal(luck) for luck in (None, False, True))
     anywhere = None
     if job.requirements.where is not None and not any(candidate.is_hypothetical for candidate in candidates):
-        free = replace(scene, own=part_of(replace(job, requirements=replace(job.requirements, where=None)), candidates, attempts))
+        free = replace(
+            scene, own=parts_of(replace(job, requirements=replace(job.requirements, where=None)), candidates, attempts)
+        )
         anywhere = free.deal().seconds
     able = [part.quotes[number] for part in scene.parts for number, rows in enumerate(expected.rows) if rows and part.can(number)]
     return Quote(
-        row_count=own.work.row_count,
-        prompt_tokens=own.work.prompt_tokens,
-        most_output_tokens=own.work.output_tokens,
+        row_count=scene.row_count,
+        prompt_tokens=sum(part.work.prompt_tokens for part in own),
+        most_output_tokens=sum(part.work.output_tokens for part in own),
         workers=tuple(_told(scene, number, expected) for number in range(len(candidates))),
         seconds=expected.seconds,
         fastest_seconds=_least(fast.seconds, expected.seconds),
         slowest_seconds=_most(slow.seconds, expected.seconds),
         is_measured=bool(able) and all(found.rate is not None and found.rate.attempts > 0 for found in able),
         unplaceable_rows=scene.unplaceable_rows(()),
-        longest_row_tokens=own.work.longest if own.work.row_count else 0,
+        longest_row_tokens=max(part.work.longest for part in own) if scene.row_count else 0,
         plans_ahead=sum(plans for plans, is_known in in_the_way if is_known),
         plans_not_counted=sum(plans for plans, is_known in in_the_way if not is_known),
         leave_out=_leave_out(scene, expected),
@@ -112,25 +114,30 @@ def _most(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else max(one, other)
 
 
-def _is_in_the_way(found: Ahead, theirs: Part, own: Part) -> bool:
+def _is_in_the_way(found: Ahead, theirs: Part, own: Sequence[Part]) -> bool:
     """Whether some candidate would do them first: one that can take this job, and holds or can take those, too."""
     return any(
-        not own.quotes[number].refused and (held or (found.queued_rows and not theirs.quotes[number].refused))
+        any(not part.quotes[number].refused for part in own)
+        and (held or (found.queued_rows and not theirs.quotes[number].refused))
         for number, held in enumerate(found.held_rows)
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Scene:
-    """Everything that is dealt: the job's own part, and what comes before it."""
+    """Everything that is dealt: the job's own parts, and what comes before them."""
 
     candidates: Sequence[Candidate]
-    own: Part
+    own: Sequence[Part]
     before: Sequence[tuple[Ahead, Part]]
 
     @property
     def parts(self) -> list[Part]:
-        return [part for _, part in self.before] + [self.own]
+        return [*(part for _, part in self.before), *self.own]
+
+    @property
+    def row_count(self) -> int:
+        return sum(part.work.row_count for part in self.own)
 
     def deal(self, luck: bool | None = None, left_out: Collection[int] = ()) -> Dealt:
         """Deal everything out; of the job itself, these candidates take nothing."""
@@ -139,12 +146,22 @@ class _Scene:
             sum(found.held_rows[number] * (part.paces(luck)[number] or 0.0) for found, part in self.before)
             for number in range(len(self.candidates))
         ]
-        return deal([*piles, self.own.pile(self.own.work.row_count, luck).without(left_out)], busy)
+        own = [part.pile(part.work.row_count, luck).without(left_out) for part in self.own]
+        return deal([*piles, *own], busy, own=len(own))
 
     def unplaceable_rows(self, left_out: Collection[int]) -> int:
         """Rows that are too long for every candidate but these."""
-        quotes = [found for number, found in enumerate(self.own.quotes) if number not in left_out and not found.refused]
-        return min((found.left_out_rows for found in quotes), default=self.own.work.row_count)
+        unplaceable = 0
+        for part in self.own:
+            quotes = [found for number, found in enumerate(part.quotes) if number not in left_out and not found.refused]
+            unplaceable += min((found.left_out_rows for found in quotes), default=part.work.row_count)
+        return unplaceable
+
+    def pace(self, number: int) -> float | None:
+        """A candidate's seconds for a mean row of those that it takes; None where it takes none, or nobody knows."""
+        known = [(part.work.row_count, pace) for part in self.own if (pace := part.paces(None)[number]) is not None]
+        rows = sum(count for count, _ in known)
+        return sum(count * pace for count, pace in known) / rows if rows else None
 
     @cached_property
     def nodes(self) -> dict[str, list[int]]:
@@ -152,9 +169,9 @@ class _Scene:
         found: dict[str, list[int]] = defaultdict(list)
         if any(candidate.is_hypothetical for candidate in self.candidates):
             return {}
-        for number, pace in sorted(enumerate(self.own.paces(None)), key=lambda item: -(item[1] or 0.0)):
-            if pace is not None:
-                found[self.candidates[number].capabilities.node].append(number)
+        paces = {number: pace for number in range(len(self.candidates)) if (pace := self.pace(number)) is not None}
+        for number in sorted(paces, key=lambda number: -paces[number]):
+            found[self.candidates[number].capabilities.node].append(number)
         return found
 
     def seconds_without(self, nodes: Collection[str]) -> float | None:
@@ -182,7 +199,7 @@ def _leave_out(scene: _Scene, expected: Dealt) -> LeaveOut | None:
             chosen, best = fewer, seconds
     if not _is_noticeably_sooner(best, expected.seconds):
         return None
-    where = leaving_out(scene.own.work.job.requirements.where, "node", chosen)
+    where = leaving_out(scene.own[0].work.job.requirements.where, "node", chosen)
     return None if where is None else LeaveOut(nodes=tuple(chosen), where=where, seconds=best)
 
 
@@ -197,9 +214,20 @@ def _is_long(seconds: float | None) -> bool:
     return seconds is not None and seconds >= NOTICEABLE_SECONDS
 
 
+def _whole(own: Sequence[Part], number: int) -> WorkerQuote:
+    """One candidate's quotes of all parts as one: how it runs the largest that it takes, and what it leaves of the others."""
+    taken = [part for part in own if not part.quotes[number].refused]
+    if not taken:
+        return own[0].quotes[number]
+    left_out = sum(part.work.row_count if part.quotes[number].refused else part.quotes[number].left_out_rows for part in own)
+    longest = max(part.quotes[number].longest_row_tokens or part.work.longest for part in taken)
+    main = max(taken, key=lambda part: part.work.row_count).quotes[number]
+    return replace(main, left_out_rows=left_out, longest_row_tokens=longest if left_out else None)
+
+
 def _told(scene: _Scene, number: int, expected: Dealt) -> WorkerQuote:
     """A worker's quote with what dealing has shown."""
-    found, pace, row_count = scene.own.quotes[number], scene.own.paces(None)[number], scene.own.work.row_count
+    found, pace, row_count = _whole(scene.own, number), scene.pace(number), scene.row_count
     node, saves = scene.candidates[number].capabilities.node, None
     if expected.seconds is not None and _is_long(expected.seconds) and node in list(scene.nodes)[:MOST_LEFT_OUT]:
         without = scene.seconds_without([node]) if expected.rows[number] else None

@@ -1,8 +1,8 @@
 """What would each worker make of a job's rows: how would it run them, how fast, and which of them have room there?"""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ollm_service.core.capabilities import Capabilities, Device, LiveState
@@ -14,9 +14,12 @@ from ollm_service.core.plan import RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.rates import MeasuredAttempt, Rate, Run, measured_rate, output_share, probed_rate, tokens_per_byte
 from ollm_service.core.requirements import Requirements
+from ollm_service.core.row_size import TEMPLATE_TOKENS
+from ollm_service.core.splitting import groups
 
 # What nobody has measured: rows rarely use all the tokens that they are allowed.
 USUAL_OUTPUT_SHARE = (0.25, 1.0)
+MOST_CUTS = 8  # of a group of rows, by what workers hold of it
 MOST_PLANS_DEALT = 4_096  # more are dealt out in equal heaps
 
 
@@ -147,6 +150,40 @@ class Part:
             row_seconds=self.paces(luck),
             load_seconds=tuple(found.rate.load_seconds if found.rate else 0.0 for found in self.quotes),
         )
+
+
+def parts_of(job: Job, candidates: Sequence[Candidate], attempts: Sequence[MeasuredAttempt]) -> list[Part]:
+    """A job's rows in the groups that a submission makes of them, the usual ones first, each placed for its own longest row.
+
+    Where some candidate holds only the shorter rows of a group, the longer ones are a part of their own. Never empty.
+    """
+    context = job.profile.max_context_tokens
+    needs = [most_tokens_of(row, context) for row in job.rows]
+    parts = []
+    for group in groups(needs) or [[]]:
+        part = part_of(replace(job, rows=[job.rows[position] for position in group]), candidates, attempts)
+        parts += _cut(part, candidates, attempts)
+    return parts
+
+
+def _cut(part: Part, candidates: Sequence[Candidate], attempts: Sequence[MeasuredAttempt]) -> list[Part]:
+    """The part in pieces, shorter rows first, each of which a candidate holds as a whole or not at all."""
+    limits = sorted({found.longest_row_tokens for found in part.quotes if found.left_out_rows and found.longest_row_tokens})
+    limits = limits[:: -(-len(limits) // MOST_CUTS)] if limits else []
+    job, ratio = part.work.job, tokens_per_byte(attempts, part.work.job.profile)
+    pieces: dict[int, list[RowSize]] = {}
+    for row in job.rows:
+        length = _length(_prompt_tokens(row, ratio), row.max_new_tokens, job.profile.max_context_tokens)
+        pieces.setdefault(bisect_left(limits, length), []).append(row)
+    if len(pieces) < 2:
+        return [part]
+    return [part_of(replace(job, rows=pieces[number]), candidates, attempts) for number in sorted(pieces)]
+
+
+def most_tokens_of(row: RowSize, context: int | None) -> int:
+    """The bound of a row's tokens by which a submission splits rows; what messages add is left aside."""
+    bound = row.prompt_bytes + TEMPLATE_TOKENS + row.max_new_tokens
+    return bound if context is None else min(bound, context)
 
 
 def part_of(job: Job, candidates: Sequence[Candidate], attempts: Sequence[MeasuredAttempt]) -> Part:

@@ -57,3 +57,12 @@ def test_every_row_of_the_job_is_dealt_once(
         begins = dealt.begins[number]
         assert (begins is None) is (dealt.rows[number] == 0)
         assert begins is None or (seconds is not None and begins < dealt.seconds)
+
+
+def test_piles_of_one_model_are_loaded_for_once_and_end_together() -> None:
+    """The end is that of whatever is done last; what nobody takes is left, and everything of nobody has no end."""
+    dealt = deal([pile(20, 1.0, load=7.0), pile(10, 2.0, load=7.0), pile(5, None)], (0.0,), own=3)
+    assert (dealt.seconds, dealt.rows, dealt.begins) == (7.0 + 20 + 20, (30,), (0.0,))
+    other = pile(10, 1.0, load=3.0)
+    assert deal([other, pile(20, 1.0, load=7.0), pile(10, 2.0, load=7.0)], (0.0,), own=2).seconds == 3.0 + 10 + 7.0 + 20 + 20
+    assert deal([other, pile(5, None), pile(5, None)], (0.0,), own=2).seconds is None

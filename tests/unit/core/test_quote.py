@@ -235,6 +235,34 @@ def test_a_slow_worker_that_would_hold_up_the_end_is_named() -> None:
     assert again.leave_out.where == '(gpu_memory_gb >= 0 or zone == "a") and node != "it\'s"'
 
 
+def test_one_long_row_does_not_make_the_others_wait() -> None:
+    """A submission gives it a plan of its own; the others run as many at a time as they do without it."""
+    small, few = worker("small", free=1_300_000_000), job(1_000)
+    without = quote(few, [small], [])
+    with_it = quote(replace(few, rows=[*few.rows, RowSize(prompt_bytes=15_000, max_new_tokens=300)]), [small], [])
+    batches = [found.workers[0].placement.micro_batch for found in (without, with_it) if found.workers[0].placement]
+    assert batches[0] == batches[1] > 2
+    assert without.seconds is not None
+    assert with_it.seconds is not None
+    assert without.seconds < with_it.seconds < 1.5 * without.seconds
+
+
+@pytest.mark.parametrize(("usual_bytes", "long_bytes"), [(400, 14_000), (3_200, 12_000)])
+def test_rows_are_dealt_only_to_workers_that_hold_them(usual_bytes: int, long_bytes: int) -> None:
+    """However fast another is: the job cannot end before the slow one has done alone what nobody else has room for."""
+    usual = [RowSize(prompt_bytes=usual_bytes, max_new_tokens=32)] * 500
+    long = [RowSize(prompt_bytes=long_bytes, max_new_tokens=300)] * 500
+    hasty, slow = worker("hasty", free=1_000_000_000, speed=10.0), worker("slow")
+    both = quote(replace(job(), rows=[*usual, *long]), [hasty, slow], [])
+    alone = quote(replace(job(), rows=long), [slow], [])
+    assert (both.workers[0].left_out_rows, both.unplaceable_rows) == (500, 0)
+    assert both.workers[0].share > 0
+    assert both.workers[1].share >= 0.5
+    assert both.seconds is not None
+    assert alone.seconds is not None
+    assert both.seconds >= 0.99 * alone.seconds
+
+
 def test_an_answer_that_would_go_beyond_the_context_ends_there() -> None:
     """Such a row runs like any other; only a prompt that fills the context by itself has no room anywhere."""
     few = job(2)
