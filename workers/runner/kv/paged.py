@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ollm_service.core.estimates import MOST_TAIL_BYTES, PAGE_TOKENS
@@ -44,12 +43,18 @@ class Paged:
 
 
 class PagedLayer(FileLayer):  # type: ignore[no-untyped-call]  # transformers does not annotate it
-    """One layer's cache: pages in a file and a tail of less than a page in memory."""
+    """One layer's cache: pages in a file and a tail of less than a page in memory.
+
+    The tail has room for all of its tokens from the first on. As small tensors of their own, made in every step between the large
+    ones that come and go, they would pin the heap's holes, each too small for the next step's history: after 128 tokens a model
+    of 400 MiB held 300 more.
+    """
 
     def __init__(self, pages: PageFile) -> None:
         super().__init__()
         self._pages = pages
-        self._tail: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._room: tuple[Tensor, Tensor] | None = None
+        self._tail_tokens = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add new tokens; returns the whole history. Raises OSError when the disk fails."""
@@ -58,37 +63,38 @@ class PagedLayer(FileLayer):  # type: ignore[no-untyped-call]  # transformers do
         if self.get_seq_length() == 0:
             self._write(key_states, value_states)
             return key_states, value_states
+        if self._room is None:
+            self._room = _rooms(key_states, value_states)
         history = self._history(key_states, value_states)
-        self._tail[0].append(key_states)
-        self._tail[1].append(value_states)
-        if self._tail_tokens() >= PAGE_TOKENS or self._tail_bytes() >= MOST_TAIL_BYTES:
-            tail, self._tail = self._tail, ([], [])
-            self._write(torch.cat(tail[0], dim=-2), torch.cat(tail[1], dim=-2))
-        else:
-            # The new states may be views of the layer's large intermediates; the tail keeps copies of its own.
-            self._tail[0][-1], self._tail[1][-1] = key_states.clone(), value_states.clone()
+        new, most = key_states.shape[-2], self._room[0].shape[-2]
+        if self._tail_tokens + new > most:
+            self._spill()
+        if new > most:
+            self._write(key_states, value_states)
+            return history
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[..., self._tail_tokens : self._tail_tokens + new, :] = states
+        self._tail_tokens += new
+        if self._tail_tokens == most:
+            self._spill()
         return history
 
     def get_seq_length(self) -> int:
         """Tokens on disk and in memory."""
-        return self._pages.tokens + self._tail_tokens()
+        return self._pages.tokens + self._tail_tokens
 
     def select_rows(self, rows_B: Tensor) -> None:
         """Keep these rows, in this order."""
         self._pages.select_rows(rows_B)
-        self._tail = ([part[rows_B] for part in self._tail[0]], [part[rows_B] for part in self._tail[1]])
+        if self._room is not None:
+            self._room = self._room[0][rows_B], self._room[1][rows_B]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest -`tokens_to_remove` tokens: as in transformers the number is negative. Raises OSError."""
-        left = -tokens_to_remove
-        while left > 0 and self._tail[0]:
-            keys, values = self._tail[0].pop(), self._tail[1].pop()
-            if keys.shape[-2] > left:
-                self._tail[0].append(keys[..., :-left, :])
-                self._tail[1].append(values[..., :-left, :])
-            left -= keys.shape[-2]
-        if left > 0:
-            self._pages.crop(left)
+        of_tail = min(-tokens_to_remove, self._tail_tokens)
+        self._tail_tokens -= of_tail
+        if -tokens_to_remove > of_tail:
+            self._pages.crop(-tokens_to_remove - of_tail)
 
     def close(self) -> None:
         """Close the files."""
@@ -101,19 +107,30 @@ class PagedLayer(FileLayer):  # type: ignore[no-untyped-call]  # transformers do
         values = new_values.new_empty((*new_values.shape[:2], tokens, new_values.shape[-1]))
         self._pages.read(keys, values)
         start = self._pages.tokens
-        for part_keys, part_values in zip([*self._tail[0], new_keys], [*self._tail[1], new_values], strict=True):
+        for part_keys, part_values in (self._tail(), (new_keys, new_values)):
             end = start + part_keys.shape[-2]
             keys[..., start:end, :], values[..., start:end, :] = part_keys, part_values
             start = end
         return keys, values
 
-    def _tail_tokens(self) -> int:
-        return sum(part.shape[-2] for part in self._tail[0])
+    def _tail(self) -> tuple[Tensor, Tensor]:
+        assert self._room is not None
+        return self._room[0][..., : self._tail_tokens, :], self._room[1][..., : self._tail_tokens, :]
 
-    def _tail_bytes(self) -> int:
-        return sum(part.nbytes for parts in self._tail for part in parts)
+    def _spill(self) -> None:
+        if self._tail_tokens:
+            self._write(*self._tail())
+            self._tail_tokens = 0
 
     def _write(self, keys: Tensor, values: Tensor) -> None:
         for start in range(0, keys.shape[-2], PAGE_TOKENS):
             end = start + PAGE_TOKENS
             self._pages.append(keys[..., start:end, :], values[..., start:end, :])
+
+
+def _rooms(keys_BHLD: Tensor, values_BHLD: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the tail: a page, or as much of one as `MOST_TAIL_BYTES` allows."""
+    a_token = (keys_BHLD.nbytes + values_BHLD.nbytes) // keys_BHLD.shape[-2]
+    tokens = max(1, min(PAGE_TOKENS, MOST_TAIL_BYTES // a_token))
+    keys, values = (states.new_empty((*states.shape[:-2], tokens, states.shape[-1])) for states in (keys_BHLD, values_BHLD))
+    return keys, values
