@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from ollm_service.core.estimates import PAGE_TOKENS
-from ollm_service.core.estimates import PAGE_TOKENS
 from ollm_service.core.options import KVCacheStrategy
 from ollm_service.core.plan import PassId
 from ollm_service.core.profile import ModelProfile
