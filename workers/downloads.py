@@ -234,11 +234,15 @@ class Downloader:
             self._fail(lease_id, ended, about, is_everywhere=False)
 
     def _offered(self, fetching: _Fetching) -> ModelProfile | None:
-        """The model as the shelf has it, once it has; its lease is renewed meanwhile. None where that is lost or we leave."""
-        self._shelf.look_again()
+        """The model as the shelf has it, once it has; its lease is renewed meanwhile. None where that is lost or we leave.
+
+        That the shelf refuses the folder counts only where it has looked since: it may have been incomplete before.
+        """
+        look = self._shelf.look_again()
         while not self._stop.is_set():
+            has_looked = self._shelf.has_looked(look)
             found = [model for model in self._shelf.models if model.path.as_posix() == fetching.download.folder]
-            if found:
+            if found and (found[0].is_usable or has_looked):
                 return found[0]
             if not self._tell(fetching):
                 return None

@@ -30,6 +30,7 @@ class ModelShelf:
         self._stop = threading.Event()
         self._again = threading.Event()
         self._scanned = threading.Event()
+        self._looks_begun = self._looks_ended = 0
         self._thread = threading.Thread(target=self._run, name="models", daemon=True)
 
     @property
@@ -45,9 +46,15 @@ class ModelShelf:
         """Wait until everything was looked at once; False after `timeout` seconds."""
         return self._scanned.wait(timeout)
 
-    def look_again(self) -> None:
-        """There is something new: do not wait for the next look."""
+    def look_again(self) -> int:
+        """There is something new: do not wait for the next look. Returns its number, for `has_looked`."""
+        number = self._looks_begun + 1
         self._again.set()
+        return number
+
+    def has_looked(self, number: int) -> bool:
+        """Whether the look of this number is over: what is told of any folder was seen since it was asked for."""
+        return self._looks_ended >= number
 
     def stop(self) -> None:
         """Stop looking, also in the middle of a file."""
@@ -58,6 +65,7 @@ class ModelShelf:
 
     def _run(self) -> None:
         while not self._stop.is_set():
+            self._looks_begun += 1
             try:
                 self._scan()
             except InspectionStopped:
@@ -65,6 +73,7 @@ class ModelShelf:
             except (MisconfiguredService, OSError) as error:
                 _log.warning("models-unreadable", extra={"root": str(self._root), "error": str(error)})
                 self._models = ()
+            self._looks_ended = self._looks_begun
             self._scanned.set()
             if self._again.wait(self._rescan_seconds):
                 self._again.clear()

@@ -75,6 +75,22 @@ def test_a_process_that_dies_is_started_again(place: Place, hub: Hub) -> None:
     assert [file for file, _ in hub.ranges] == ["model.safetensors"]
 
 
+def test_a_folder_that_has_lost_a_file_is_made_whole_again(place: Place, hub: Hub) -> None:
+    """What the worker thought of the folder before is not what came of fetching the rest."""
+    ask(place)
+    with place.agent(allow_downloads=True):
+        wait_for_state(place, DownloadState.DONE)
+    (place.models_dir / "org--large" / "model.safetensors").unlink()
+    with place.agent(allow_downloads=True):
+        (worker,) = place.store.fleet.workers()
+        refused = {model.name: model.unsafe_because for model in worker.capabilities.models}
+        assert refused["org--large"]
+        place.store.downloads.request(hub_model("org/large"), "dl_2")
+        ended = (DownloadState.DONE, DownloadState.FAILED)
+        wait_for(lambda: place.store.downloads.get("dl_2").state in ended, timeout=SECONDS, what="an end")
+    assert (place.store.downloads.get("dl_2").state, place.store.downloads.get("dl_2").reason) == (DownloadState.DONE, None)
+
+
 def test_a_lost_lease_ends_the_process(place: Place, hub: Hub) -> None:
     """As when the worker was frozen for too long: what another may do by now is left to it."""
     hub.held = {"model.safetensors"}
