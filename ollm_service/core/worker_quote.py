@@ -230,13 +230,7 @@ def _worker_quote(work: Work, candidate: Candidate, attempts: Sequence[MeasuredA
         job.requirements,
         capabilities,
         candidate.live,
-        RowBounds(
-            longest=work.longest,
-            longest_prompt=max(work.prompts, default=1),
-            shortest=work.lengths[0] if work.lengths else 1,
-            count=min(work.row_count, job.rows_per_plan),
-            are_sampled=work.is_sampled,
-        ),
+        _bounds(work),
     )
     if isinstance(placed, Unplaceable):
         return WorkerQuote(name=candidate.name, is_hypothetical=candidate.is_hypothetical, refused=(placed.reason,))
@@ -244,7 +238,7 @@ def _worker_quote(work: Work, candidate: Candidate, attempts: Sequence[MeasuredA
     backend_id = job.plan.backend_id or ""
     disk_rate = capabilities.cache_disk.read_rate if capabilities.cache_disk else None
     rate = measured_rate(attempts, device_name=device.name, tier=placed.tier, backend_id=backend_id)
-    longest = _longest_row(work, candidate, placed)
+    longest = _longest_row(work, placed)
     return WorkerQuote(
         name=candidate.name,
         is_hypothetical=candidate.is_hypothetical,
@@ -254,6 +248,20 @@ def _worker_quote(work: Work, candidate: Candidate, attempts: Sequence[MeasuredA
         rate=rate or probed_rate(job.profile, device, disk_rate=disk_rate, run=_run(work, placed)),
         left_out_rows=0 if longest is None else work.row_count - bisect_right(work.lengths, longest),
         longest_row_tokens=longest,
+    )
+
+
+def _bounds(work: Work) -> RowBounds:
+    """What a worker goes by, which counts no tokens before it places a plan; what messages add is left aside."""
+    rows = work.job.rows
+    prompts = [row.prompt_bytes + TEMPLATE_TOKENS for row in rows]
+    bounds = [prompt + row.max_new_tokens for prompt, row in zip(prompts, rows, strict=True)]
+    return RowBounds(
+        longest=max(bounds, default=1),
+        longest_prompt=max(prompts, default=1),
+        shortest=min(bounds, default=1),
+        count=min(len(rows), work.job.rows_per_plan),
+        are_sampled=work.is_sampled,
     )
 
 
@@ -273,18 +281,10 @@ def _run(work: Work, placed: Placement) -> Run:
     )
 
 
-def _longest_row(work: Work, candidate: Candidate, placed: Placement) -> int | None:
-    """The tokens of the longest row that has room there when it runs alone; None where all have."""
+def _longest_row(work: Work, placed: Placement) -> int | None:
+    """The tokens of the longest row that runs there; None where all do."""
     fits = placed.longest_row_tokens
-    if fits is None or fits >= work.longest:
-        return None
-    job, low, high = work.job, bisect_right(work.lengths, fits) - 1, bisect_right(work.lengths, work.most_context) - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        rows = RowBounds(longest=work.lengths[middle], longest_prompt=work.prompts[middle], count=1, are_sampled=work.is_sampled)
-        found = place(job.plan, job.profile, job.config, job.requirements, candidate.capabilities, candidate.live, rows)
-        low, high = (middle, high) if isinstance(found, Placement) else (low, middle - 1)
-    return work.lengths[low] if low >= 0 else fits
+    return None if fits is None or fits >= work.longest else fits
 
 
 def _row_seconds(work: Work, found: WorkerQuote, luck: bool | None) -> float | None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ollm_service.core.capabilities import Capabilities, Device, LiveState
 from ollm_service.core.options import RuntimeConfig
+from ollm_service.core.placement import RowBounds, place
 from ollm_service.core.plan import GenericModelKind, NativeFamily, PassId
 from ollm_service.core.planning import plan
 from ollm_service.core.profile import ModelProfile
@@ -150,7 +151,7 @@ def test_rows_too_long_for_a_worker_are_counted() -> None:
 
 
 def test_the_longest_row_that_a_worker_holds_is_told() -> None:
-    """It has room there alone, and the next longer row has not; of a worker that holds all nothing is told."""
+    """Longer rows have no room there by themselves either; of a worker that holds all nothing is told."""
     sizes = range(200, 4_000, 100)
     rows = {size: RowSize(prompt_bytes=4 * (size - 32), max_new_tokens=32) for size in sizes}
     found = quote(replace(job(), rows=list(rows.values())), [worker("small", free=1_000_000_000), worker("large")], [])
@@ -159,8 +160,20 @@ def test_the_longest_row_that_a_worker_holds_is_told() -> None:
     longest = small.longest_row_tokens
     assert longest is not None
     assert small.left_out_rows == sum(size > longest for size in sizes) > 0
-    alone = {size: quote(replace(job(), rows=[rows[size]]), [worker("small", free=1_000_000_000)], []) for size in sizes}
-    assert [size for size in sizes if not alone[size].workers[0].refused] == [size for size in sizes if size <= longest]
+    longer = quote(
+        replace(job(), rows=[rows[size] for size in sizes if size > longest]), [worker("small", free=1_000_000_000)], []
+    )
+    assert longer.workers[0].refused
+
+
+def test_a_quote_is_placed_by_the_bounds_that_a_worker_goes_by() -> None:
+    """No worker counts tokens before it places a plan: fewer rows run at a time than their tokens would allow."""
+    small, rows = worker("small", free=1_300_000_000), [RowSize(prompt_bytes=1_000, max_new_tokens=32)] * 100
+    (found,) = quote(replace(job(), rows=rows), [small], []).workers
+    bounds = RowBounds(longest=1_000 + 64 + 32, longest_prompt=1_000 + 64, count=100, are_sampled=False)
+    same = replace(job(), rows=rows)
+    placed = place(same.plan, PROFILE, same.config, same.requirements, small.capabilities, small.live, bounds)
+    assert found.placement == placed
 
 
 # ---------------------------------------------------------------------------------------- what comes first
@@ -247,7 +260,7 @@ def test_one_long_row_does_not_make_the_others_wait() -> None:
     assert without.seconds < with_it.seconds < 1.5 * without.seconds
 
 
-@pytest.mark.parametrize(("usual_bytes", "long_bytes"), [(400, 14_000), (3_200, 12_000)])
+@pytest.mark.parametrize(("usual_bytes", "long_bytes"), [(400, 14_000), (1_000, 12_000)])
 def test_rows_are_dealt_only_to_workers_that_hold_them(usual_bytes: int, long_bytes: int) -> None:
     """However fast another is: the job cannot end before the slow one has done alone what nobody else has room for."""
     usual = [RowSize(prompt_bytes=usual_bytes, max_new_tokens=32)] * 500
