@@ -11,10 +11,10 @@ from ollm_service.core.labels import ANY
 from ollm_service.core.lifecycle import ExecutionState
 from ollm_service.core.matching import NoMatch, match
 from ollm_service.core.options import LARGEST_COUNT, GenerationConfig, RuntimeConfig
-from ollm_service.core.placement import Placement, RefusedTier, RowBounds, Unplaceable, place
+from ollm_service.core.placement import Placement, RefusedTier, Unplaceable, place
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.quote import Candidate, Job, RowSize, quote
-from ollm_service.core.row_size import TEMPLATE_TOKENS, most_tokens, own_limit, prompt_bytes
+from ollm_service.core.row_size import TEMPLATE_TOKENS, most_prompt_tokens, most_tokens, own_limit, prompt_bytes
 from ollm_service.store.jobs import NewRow
 from ollm_service.store.views import JobView, PlanView, WaitingPlans, WorkerView
 
@@ -141,13 +141,15 @@ def _fleet(service: Service) -> _Fleet:
 
 def _explain(service: Service, fleet: _Fleet, job: JobView, alike: WaitingPlans) -> Explanation:
     rows = _Rows(service=service, alike=alike, limit=(job.generation or GenerationConfig()).max_new_tokens)
-    plan, longest = alike.plan, rows.longest()
+    plan = alike.plan
+    longest, longest_prompt = rows.longest()
     ask = Ask(
         plan=plan.planned,
         profile=plan.profile,
         config=plan.config,
         requirements=plan.requirements,
         longest_row_tokens=longest,
+        longest_prompt_tokens=longest_prompt,
     )
     found = Explanation(
         plan=plan,
@@ -179,15 +181,16 @@ class _Rows:
     alike: WaitingPlans
     limit: int
 
-    def longest(self) -> int:
-        """The bound of the longest row's tokens; 1 where there are no rows."""
-        longest = 1
+    def longest(self) -> tuple[int, int]:
+        """The bounds of the longest row's tokens and of the longest prompt's; 1 where there are no rows."""
+        longest = prompt = 1
         for offset in range(0, MOST_ROWS_READ, ROWS_AT_ONCE):
             page = self._page(offset)
             longest = max([longest, *(most_tokens(row.request, self.limit) for row, _ in page)])
+            prompt = max([prompt, *(most_prompt_tokens(row.request) for row, _ in page)])
             if len(page) < ROWS_AT_ONCE or not own_limit(page[-1][0].request):
                 break  # of those without a limit of their own, the longest came first
-        return longest
+        return longest, prompt
 
     def longer_than(self, tokens: int) -> list[tuple[NewRow, int]]:
         """The rows of more tokens, each with its bound: at most `MOST_ROWS_READ`."""
@@ -228,7 +231,7 @@ def _standing(ask: Ask | PlanView, there: WorkerView, now_ms: int) -> Standing:
 
 
 def _place(ask: Ask, profile: ModelProfile, offered: Capabilities, live: LiveState) -> Placement | Unplaceable:
-    return place(ask.plan, profile, ask.config, ask.requirements, offered, live, RowBounds(longest=ask.longest_row_tokens))
+    return place(ask.plan, profile, ask.config, ask.requirements, offered, live, ask.rows)
 
 
 def _idle(offered: Capabilities) -> LiveState:

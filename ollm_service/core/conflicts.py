@@ -78,13 +78,23 @@ class Demand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """An executable plan with its longest row; no profile where no worker has the model."""
+    """An executable plan with its longest row; no profile where no worker has the model.
+
+    `longest_prompt_tokens` bounds the prompts alone, as a worker does; without it all of a row may be prompt.
+    """
 
     plan: RuntimePlan
     profile: ModelProfile | None
     config: RuntimeConfig
     requirements: Requirements
     longest_row_tokens: int
+    longest_prompt_tokens: int | None = None
+
+    @property
+    def rows(self) -> RowBounds:
+        """What is to be placed."""
+        prompt, longest = self.longest_prompt_tokens, self.longest_row_tokens
+        return RowBounds(longest=longest, longest_prompt=None if prompt is None else min(prompt, longest))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +178,7 @@ def fit(ask: Ask, worker: Candidate) -> Fit | None:
         ask.requirements,
         worker.capabilities,
         worker.live,
-        RowBounds(longest=ask.longest_row_tokens),
+        ask.rows,
     )
     return Fit(worker=worker.name, placement=found) if isinstance(found, Placement) else None
 

@@ -45,6 +45,21 @@ def test_a_plan_that_fits_somewhere_has_no_conflict() -> None:
     assert find_conflicts(ask(where='zone == "home"'), [worker("a"), worker("b", labels={"zone": "home"})]) is None
 
 
+def test_an_answer_is_not_taken_for_a_prompt() -> None:
+    """A long answer to a short prompt needs less than as long a prompt: what a worker would run is not said to fit nobody."""
+    all_prompt = ask(tokens=4_000)
+    asked = replace(all_prompt, longest_prompt_tokens=100)
+    placed = fit(asked, worker("large"))
+    assert placed is not None
+    assert placed.placement is not None
+    assert placed.placement.estimate.activations > 0
+    sizes = [size * 2**20 for size in range(300, 8_000, 20)]
+    fits = {size: bool(fit(asked, worker("w", live({"cpu": size})))) for size in sizes}
+    whole = {size: bool(fit(all_prompt, worker("w", live({"cpu": size})))) for size in sizes}
+    assert all(fits[size] >= whole[size] for size in sizes)
+    assert any(fits[size] and not whole[size] for size in sizes)
+
+
 def test_any_one_of_the_demands_that_cannot_all_hold_may_go() -> None:
     """The labelled worker lacks the strategy, the able one has no label: either may be given up, and nothing else helps."""
     home = worker("home", labels={"zone": "home"}, kv_strategies={"resident": None, "paged": "no cache disk"})
