@@ -209,7 +209,8 @@ def _work(job: Job, attempts: Sequence[MeasuredAttempt]) -> Work:
 
 
 def _prompt_tokens(row: RowSize, ratio: float) -> int:
-    return max(1, round(row.prompt_bytes * ratio))
+    """About so many, and never more than the bound: what a template adds weighs more in the short rows that were measured."""
+    return max(1, min(round(row.prompt_bytes * ratio), row.prompt_bytes + TEMPLATE_TOKENS))
 
 
 def _length(prompt: int, max_new_tokens: int, context: int | None) -> int:

@@ -88,6 +88,28 @@ def test_plans_of_other_jobs_are_counted_in(service: Service) -> None:
     assert alone.seconds < held.seconds < queued.seconds
 
 
+def test_a_worker_that_runs_something_now_will_have_room(service: Service) -> None:
+    """What its plan takes is free again when this job's turn comes; of an idle worker what is free now counts."""
+    worker = fast_worker(service)
+    idle = asked(service).quote
+    submit(service, submission())
+    claim_one(service, worker)
+    full = replace(LIVE, device_free_bytes={"cpu": 0}, host_free_bytes=0)
+    service.store.leases.register(worker, offers("attic", models=(MODEL,), devices=(FAST,)), full, 1)
+    busy = asked(service).quote
+    assert idle is not None
+    assert busy is not None
+    assert (busy.unplaceable_rows, busy.plans_ahead) == (0, 1)
+    assert busy.seconds is not None
+    assert idle.seconds is not None
+    assert busy.seconds > idle.seconds
+    new_worker(service.store, "cellar", models=(MODEL,), devices=(FAST,))
+    service.store.leases.register("wkr_full", offers("full", models=(MODEL,), devices=(FAST,)), full, 1)
+    again = asked(service).quote
+    assert again is not None
+    assert {part.name: bool(part.refused) for part in again.workers} == {"attic": False, "cellar": False, "full": True}
+
+
 def test_plans_whose_speed_nobody_knows_are_told_and_not_counted(service: Service) -> None:
     """A worker that has never been probed for another model's numbers will run them first all the same."""
     other = replace(MODEL, name="other", digest="e" * 64, dtype="float16")
