@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from ollm_service.coordinator.fleet import live_when_its_turn_comes
 from ollm_service.coordinator.service import Service
 from ollm_service.coordinator.submission import ROWS_PER_PLAN
 from ollm_service.core.capabilities import Capabilities, LiveState
@@ -106,7 +107,10 @@ class _Fleet:
     @property
     def candidates(self) -> list[Candidate]:
         """The connected workers by their ids."""
-        return [Candidate(name=there.worker_id, capabilities=there.capabilities, live=there.live) for there in self.connected]
+        return [
+            Candidate(name=there.worker_id, capabilities=there.capabilities, live=live_when_its_turn_comes(there))
+            for there in self.connected
+        ]
 
     def node(self, worker_id: str) -> str:
         """Where a connected worker runs."""
@@ -220,7 +224,7 @@ def _standing(ask: Ask | PlanView, there: WorkerView, now_ms: int) -> Standing:
         return replace(found, reasons=verdict.reasons)
     if isinstance(ask, PlanView) or ask.profile is None:
         return found
-    now = _place(ask, ask.profile, offered, there.live)
+    now = _place(ask, ask.profile, offered, live_when_its_turn_comes(there))
     when_free = now if isinstance(now, Placement) else _place(ask, ask.profile, offered, _idle(offered))
     return replace(
         found,

@@ -3,8 +3,10 @@
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ollm_service.core.capabilities import LiveState
+from ollm_service.core.known_devices import FREE_SHARE
 from ollm_service.core.matching import Match, match
 from ollm_service.core.requirements import Requirements
 from ollm_service.core.resolution import HeldModel
@@ -85,3 +87,16 @@ def capable(requirements: Requirements, workers: Iterable[WorkerView]) -> tuple[
 def absence(requirements: Requirements) -> str:
     """The condition of a plan that no worker satisfies: its model is nowhere, or something else is missing."""
     return MODEL_NOT_PRESENT if requirements.download else NO_CAPABLE_WORKER
+
+
+def live_when_its_turn_comes(worker: WorkerView) -> LiveState:
+    """What a worker has free when it takes a plan: of one that runs something now nearly all, as that ends before."""
+    if not worker.running:
+        return worker.live
+    live, offered = worker.live, worker.capabilities
+    free = {device.device_id: int(device.memory_bytes * FREE_SHARE) for device in offered.devices}
+    return replace(
+        live,
+        device_free_bytes={name: max(live.device_free_bytes.get(name, 0), size) for name, size in free.items()},
+        host_free_bytes=max(live.host_free_bytes, int(offered.host_memory_bytes * FREE_SHARE)),
+    )

@@ -5,13 +5,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ollm_service.coordinator.drafting import Draft, draft
-from ollm_service.coordinator.fleet import Verdict, verdicts
+from ollm_service.coordinator.fleet import Verdict, live_when_its_turn_comes, verdicts
 from ollm_service.coordinator.promises import rows_digest
 from ollm_service.coordinator.rows import check_rows
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
 from ollm_service.coordinator.submission import ROWS_PER_PLAN, chunks
-from ollm_service.core.capabilities import LiveState
-from ollm_service.core.known_devices import FREE_SHARE, as_offered_by, hypothetical
+from ollm_service.core.known_devices import as_offered_by, hypothetical
 from ollm_service.core.options import GenerationConfig
 from ollm_service.core.quote import Ahead, Candidate, Job, Quote, RowSize, quote
 from ollm_service.core.row_size import is_sampled, own_limit, prompt_bytes
@@ -97,7 +96,9 @@ def _quote(
     if profile is None or requirements is None:
         return None
     workers = drafted.fleet.workers
-    candidates = [Candidate(name=there.node, capabilities=there.capabilities, live=_live(there)) for there in workers]
+    candidates = [
+        Candidate(name=there.node, capabilities=there.capabilities, live=live_when_its_turn_comes(there)) for there in workers
+    ]
     for wanted in imagined:
         name, offered, live = hypothetical(wanted, profile)
         example = _example(workers)
@@ -138,19 +139,6 @@ def _ahead(service: Service, found: PlansAhead, workers: Sequence[WorkerView], c
         plans=plans,
         queued_rows=found.queued_rows,
         held_rows=(*held, *[0] * (candidates - len(held))),
-    )
-
-
-def _live(worker: WorkerView) -> LiveState:
-    """What a worker has free when it takes the job's plans: of one that runs something now nearly all, as that ends before."""
-    if not worker.running:
-        return worker.live
-    live, offered = worker.live, worker.capabilities
-    free = {device.device_id: int(device.memory_bytes * FREE_SHARE) for device in offered.devices}
-    return replace(
-        live,
-        device_free_bytes={name: max(live.device_free_bytes.get(name, 0), size) for name, size in free.items()},
-        host_free_bytes=max(live.host_free_bytes, int(offered.host_memory_bytes * FREE_SHARE)),
     )
 
 

@@ -85,6 +85,18 @@ def test_a_worker_that_is_busy_has_room_later(service: Service) -> None:
     assert (standing.placement, standing.fits_when_free) == (None, True)
 
 
+def test_a_plan_that_waits_for_its_turn_fits(service: Service) -> None:
+    """The worker is full because it runs another plan, which ends before: nothing has to be given up."""
+    worker = new_worker(service.store, "attic", models=(MODEL,))
+    submitted(service, ["a"])
+    claim_one(service, worker)
+    full = replace(LIVE, device_free_bytes={"cpu": 0}, host_free_bytes=0)
+    service.store.leases.register(worker, capabilities("attic", models=(MODEL,)), full, pid=1)
+    found = only(service, submitted(service, ["b"]))
+    assert (found.stuck_count, found.conflicts) == (0, None)
+    assert found.workers[0].placement is not None
+
+
 def test_who_is_offline_is_remembered(service: Service) -> None:
     """The last process of a node that is not connected, and whether the plan would fit it when it returns."""
     old, last = (new_worker(service.store, "desktop", models=(MODEL,)) for _ in range(2))
