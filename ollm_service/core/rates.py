@@ -30,8 +30,8 @@ ROW_SECONDS, PLAN_SECONDS, LOAD_SECONDS = 1.5e-4, 0.05, 0.4
 LINK_RATE = 20e9
 # Sorting one logit of a row that samples among the likeliest (top_p); it is done on the CPU.
 SORT_SECONDS = 1.7e-7
-# What a quote from probed speed may be wrong by, either way; what was measured varies less.
-PROBED_SPREAD, MEASURED_SPREAD = 2.5, 1.25
+# What a quote from probed speed may be wrong by, either way. What was measured varies less, the less the more attempts there are.
+PROBED_SPREAD, MEASURED_SPREAD, SPREAD_OF_ONE, MOST_SPREAD = 2.5, 1.25, 1.75, 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +52,8 @@ class Rate:
     """How fast one model runs on one device in one tier.
 
     `prefill` is prompt tokens per second. A pass over `rows` rows takes `pass_seconds`. Besides, each row takes `row_seconds` and
-    each plan `plan_seconds`. `spread` is the factor by which the truth may lie above or below. `attempts` counts what it was
-    measured on; 0 means that it follows from the device's speed.
+    each plan `plan_seconds`. `spread` is the factor by which the truth for as many rows may lie above or below. `attempts` counts
+    what it was measured on; 0 means that it follows from the device's speed.
     """
 
     prefill: float
@@ -69,6 +69,11 @@ class Rate:
         """A pass over another number of rows costs the same while reading weights decides, and grows while arithmetic does."""
         more = rows / self.rows
         return self.pass_seconds * (max(1.0, more) if is_pessimistic else max(1.0, more**0.5))
+
+    def spread_of(self, rows: int) -> float:
+        """The factor for another number of rows, the larger the further it is from what the rate was measured on."""
+        further = max(rows / self.rows, self.rows / rows)
+        return max(self.spread, min(MOST_SPREAD, self.spread * further ** (1 / 3)))
 
 
 def measured_rate(attempts: Iterable[MeasuredAttempt], *, device_name: str, tier: str, backend_id: str) -> Rate | None:
@@ -100,7 +105,7 @@ def measured_rate(attempts: Iterable[MeasuredAttempt], *, device_name: str, tier
         pass_seconds=max(pass_seconds, 1e-9),
         rows=max(rows, 1.0),
         load_seconds=max(loads, default=0.0),
-        spread=MEASURED_SPREAD,
+        spread=MEASURED_SPREAD + (SPREAD_OF_ONE - MEASURED_SPREAD) / len(alike),
         attempts=len(alike),
         plan_seconds=PLAN_SECONDS + beside / len(alike),
     )

@@ -298,5 +298,6 @@ def _row_seconds(work: Work, found: WorkerQuote, luck: bool | None) -> float | N
     prompts = work.prompt_tokens / work.row_count / rate.prefill
     passes = outputs * rate.pass_seconds_of(rows, is_pessimistic=luck is not True) / rows
     beside = rate.row_seconds + rate.plan_seconds / work.job.rows_per_plan
-    factor = 1.0 if luck is None else 1 / rate.spread if luck else rate.spread
+    spread = rate.spread_of(rows)
+    factor = 1.0 if luck is None else 1 / spread if luck else spread
     return (prompts + passes + beside) * factor

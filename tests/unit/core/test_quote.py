@@ -125,7 +125,8 @@ def test_measured_quotes_are_closer_and_say_so() -> None:
     passes = 15 * 0.1 * max(1.0, rows / 8) / rows
     assert found.seconds == pytest.approx(3 + 100 * (100 / 500 + passes) + PLAN_SECONDS)
     assert found.is_measured
-    _, expected, slowest = span(found)
+    alike = replace(MEASURED, measured={**MEASURED.measured, "decode_tokens": 100 * rows})
+    _, expected, slowest = span(quote(job(100), [worker("box")], [alike] * 50))
     assert slowest / expected < 1.5
 
 

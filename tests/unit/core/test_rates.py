@@ -16,6 +16,7 @@ from ollm_service.core.rates import (
     LINK_RATE,
     LOAD_SECONDS,
     MEMORY_EFFICIENCY,
+    MOST_SPREAD,
     PASS_SECONDS,
     PLAN_SECONDS,
     SORT_SECONDS,
@@ -77,6 +78,19 @@ def test_measured_attempts_are_summed_over_the_same_device_tier_and_backend() ->
     assert rate is not None
     assert (rate.prefill, rate.pass_seconds, rate.rows, rate.load_seconds, rate.attempts) == (500, 0.1, 8, 3.0, 2)
     assert measured_rate(others, device_name="a CPU", tier="layers streamed", backend_id="optimized-native") is None
+
+
+def test_a_rate_is_the_surer_the_more_attempts_there_are_and_the_nearer_they_are() -> None:
+    """One attempt says less than many, and of a micro-batch of another size less, either way, up to a bound."""
+
+    def rate(count: int) -> Rate:
+        found = measured_rate([MEASURED] * count, device_name="a CPU", tier="KV cache in files", backend_id="optimized-native")
+        assert found is not None
+        return found
+
+    assert [rate(count).spread_of(8) for count in (1, 2, 50)] == pytest.approx([1.75, 1.5, 1.26])
+    assert rate(50).spread_of(64) == rate(50).spread_of(1) == pytest.approx(2 * 1.26)
+    assert rate(1).spread_of(800) == MOST_SPREAD
 
 
 def test_what_lies_around_the_passes_is_measured_too() -> None:
