@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help setup servers demo test lint check pages chaos bench-dispatch bench-estimates clean
+.PHONY: bench-engine help setup servers demo test lint check pages chaos bench-dispatch bench-estimates clean
 .DEFAULT_GOAL := help
 
 help: ## say what each target does
@@ -44,6 +44,9 @@ bench-dispatch: setup servers ## how fast plans reach workers, and how fast a lo
 
 bench-estimates: setup ## how near the estimates of memory and time are to five models' real attempts
 	@$(PY) bench/estimates.py --json
+
+bench-engine: setup ## the engine beside accelerate, with a model that is read from disk
+	@$(PY) -m bench.engine --json
 
 clean: ## remove .venv and every cache
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
