@@ -30,8 +30,8 @@ class Change:
 def amend(service: Service, job_id: str, tenant_id: str, change: Change) -> tuple[JobView, Amended]:
     """Change a job's queued plans, then hint.
 
-    Raises NotFound, InvalidJob where nothing is to be changed, Conflict for a job that has ended or that somebody else amends at
-    this moment, and what a submission raises for these options; then nothing is changed.
+    Raises NotFound, InvalidJob where nothing is to be changed or a row is not there, Conflict for a job that has ended or that
+    somebody else amends at this moment, and what a submission raises for these options; then nothing is changed.
     """
     if not (change.runtime or change.where or change.skip_rows):
         raise InvalidJob(
@@ -40,6 +40,13 @@ def amend(service: Service, job_id: str, tenant_id: str, change: Change) -> tupl
     job = service.store.jobs.get(job_id, tenant_id)
     if job.state.is_final:
         raise Conflict(f"Job {job_id} has ended: {job.state}.", remedy="Submit it anew, or retry its failed rows.")
+    unknown = sorted(row for row in change.skip_rows if not 0 <= row < job.row_count)
+    if unknown:
+        raise InvalidJob(
+            f"Job {job_id} has no row {unknown[0]:,}.",
+            param="skip_rows",
+            remedy=f"Its rows are 0 to {job.row_count - 1:,}.",
+        )
     if not (change.runtime or change.where):
         return service.store.jobs.amend(job_id, tenant_id, None, skip=change.skip_rows)
     if job.config is None:

@@ -80,6 +80,16 @@ def test_a_job_that_has_ended_cannot_be_changed(service: Service) -> None:
         amend(service, "job_none", DEFAULT_TENANT, Change(where="any"))
 
 
+@pytest.mark.parametrize("row", [-1, 2, 10**9])
+def test_rows_that_are_not_there_are_not_skipped_silently(service: Service, row: int) -> None:
+    """The job says which rows it has, and nothing is changed."""
+    new_worker(service.store)
+    job = submit(service, submission()).job
+    with pytest.raises(InvalidJob, match="has no row"):
+        amend(service, job.job_id, DEFAULT_TENANT, Change(skip_rows=[0, row]))
+    assert service.store.jobs.get(job.job_id, DEFAULT_TENANT).failed == 0
+
+
 def test_rows_are_skipped_without_planning_anew(service: Service) -> None:
     """The plan keeps its options and runs the others."""
     worker_id = new_worker(service.store)
