@@ -11,6 +11,8 @@ from typing import Any
 
 from ollm_service.core.capabilities import CacheDisk, Capabilities, Device, LiveState
 from ollm_service.core.errors import InvalidOption
+from ollm_service.core.labels import Attributes
+from ollm_service.core.options import KVCacheStrategy
 from ollm_service.core.plan import BackendId, PassId
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.wire import from_json, to_json
@@ -50,8 +52,8 @@ KNOWN_DEVICES: Mapping[str, Device] = MappingProxyType(
 def hypothetical(wanted: str | Mapping[str, Any], model: ModelProfile) -> tuple[str, Capabilities, LiveState]:
     """A machine that has this model and can do all that is known: its name, what it offers and what it has free.
 
-    `wanted` is a name of KNOWN_DEVICES, or an object with the fields of Device and perhaps `host_memory_bytes` and `slots`.
-    Raises InvalidOption.
+    `wanted` is a name of KNOWN_DEVICES, or an object with the fields of Device and perhaps `host_memory_bytes`, `slots` and
+    `labels`. Raises InvalidOption.
     """
     if isinstance(wanted, str):
         if wanted not in KNOWN_DEVICES:
@@ -59,6 +61,7 @@ def hypothetical(wanted: str | Mapping[str, Any], model: ModelProfile) -> tuple[
         device, host, slots = KNOWN_DEVICES[wanted], USUAL_HOST_BYTES, 1
     else:
         device, host, slots = _described(wanted)
+    labels = {} if isinstance(wanted, str) else _labels(wanted)
     if device.kind == "cpu":
         host = device.memory_bytes
     offered = Capabilities(
@@ -68,9 +71,10 @@ def hypothetical(wanted: str | Mapping[str, Any], model: ModelProfile) -> tuple[
         host_memory_bytes=host,
         backends={backend.value: None for backend in BackendId},
         passes=dict.fromkeys(PassId),
-        kv_strategies={"resident": None, "paged": None},
+        kv_strategies=dict.fromkeys(KVCacheStrategy),
         models=(model,),
         cache_disk=DISK,
+        labels=labels,
     )
     free = {device.device_id: int(device.memory_bytes * FREE_SHARE)}
     live = LiveState(device_free_bytes=free, host_free_bytes=int(host * FREE_SHARE), cache_free_bytes=DISK.total_bytes)
@@ -90,7 +94,7 @@ def as_offered_by(capabilities: Capabilities, example: Capabilities) -> Capabili
 
 
 def _described(wanted: Mapping[str, Any]) -> tuple[Device, int, int]:
-    allowed = (*to_json(KNOWN_DEVICES["h200"]), "host_memory_bytes", "slots")
+    allowed = (*to_json(KNOWN_DEVICES["h200"]), "host_memory_bytes", "slots", "labels")
     for name in wanted:
         if name not in allowed:
             raise InvalidOption("if", f"`{name}` is not a field of a device", allowed=allowed)
@@ -104,3 +108,10 @@ def _described(wanted: Mapping[str, Any]) -> tuple[Device, int, int]:
     if device.memory_bytes < 1 or host < 1 or slots < 1:
         raise InvalidOption("if", "a device needs memory_bytes, host_memory_bytes and slots above 0")
     return device, host, slots
+
+
+def _labels(wanted: Mapping[str, Any]) -> Attributes:
+    labels = wanted.get("labels", {})
+    if not isinstance(labels, Mapping) or not all(type(value) in (str, int, float) for value in labels.values()):
+        raise InvalidOption("if", 'labels are an object of texts and numbers, such as {"zone": "home", "rack": 2}')
+    return {name: float(value) if isinstance(value, int) else value for name, value in labels.items()}

@@ -69,8 +69,14 @@ def test_a_described_machine_is_read_from_its_file(command: Command, rows: Path)
     """A file that is no description ends with exit code 2 and a sentence."""
     (rows.parent / "mine.json").write_text('{"name": "mine", "memory_bytes": 8589934592}', encoding="utf-8")
     assert "if mine" in command("preview", "rows.jsonl", "-m", "tiny", "--if", "mine.json").stdout
+    labelled = '{"name": "mine", "memory_bytes": 8589934592, "labels": {"zone": "home"}}'
+    (rows.parent / "labelled.json").write_text(labelled, encoding="utf-8")
+    options = ("--if", "labelled.json", "--where", 'zone == "home"', "--json")
+    quoted = json.loads(command("preview", "rows.jsonl", "-m", "tiny", *options).stdout)["quote"]["workers"]
+    assert {worker["name"]: worker["placement"] is None for worker in quoted} == {"attic": True, "if mine": False}
     (rows.parent / "broken.json").write_text("{", encoding="utf-8")
-    for wrong in ("broken.json", "absent.json", "abacus"):
+    (rows.parent / "odd.json").write_text('{"memory_bytes": 8589934592, "labels": {"zone": []}}', encoding="utf-8")
+    for wrong in ("broken.json", "odd.json", "absent.json", "abacus"):
         done = command("preview", "rows.jsonl", "-m", "tiny", "--if", wrong)
         assert (done.returncode, "if" in done.stderr) == (2, True)
     done = command("preview", "tiny", "--if", "mine.json")
