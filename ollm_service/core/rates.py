@@ -5,6 +5,7 @@ B rows run together. A pass is one forward pass for one new token of each of the
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import cbrt
 from types import MappingProxyType
 from typing import Any
 
@@ -73,7 +74,7 @@ class Rate:
     def spread_of(self, rows: int) -> float:
         """The factor for another number of rows, the larger the further it is from what the rate was measured on."""
         further = max(rows / self.rows, self.rows / rows)
-        return max(self.spread, min(MOST_SPREAD, self.spread * further ** (1 / 3)))
+        return max(self.spread, min(MOST_SPREAD, self.spread * cbrt(further)))
 
 
 def measured_rate(attempts: Iterable[MeasuredAttempt], *, device_name: str, tier: str, backend_id: str) -> Rate | None:
