@@ -13,6 +13,7 @@ from ollm_service.client import Client, Plan
 from ollm_service.core.errors import printable
 
 Json = Mapping[str, Any]
+MODEL_NOT_PRESENT = "model-not-present"
 MOST_WORKERS = 20
 MOST_ROWS = 10
 
@@ -79,7 +80,8 @@ def _explain_waiting(found: Json) -> None:
     print_facts({"waits for": found["condition"]})
     if found["conflicts"] is not None:
         _show_ways(found)
-    lines = [(worker["node"], _standing(worker)) for worker in found["workers"][:MOST_WORKERS]]
+    is_absent = found["condition"] == MODEL_NOT_PRESENT
+    lines = [(worker["node"], _standing(worker, is_absent=is_absent)) for worker in found["workers"][:MOST_WORKERS]]
     if len(found["workers"]) > MOST_WORKERS:
         lines.append(("…", f"and {count(len(found['workers']) - MOST_WORKERS, 'worker')} more; see them with --json"))
     lines += [(worker["node"], _offline(worker)) for worker in found["offline"][:MOST_WORKERS]]
@@ -133,15 +135,15 @@ def _rows(rows: Sequence[int]) -> str:
     return f"{'row' if len(rows) == 1 else 'rows'} {named}{more}"
 
 
-def _standing(worker: Json) -> str:
-    """What a connected worker says."""
+def _standing(worker: Json, *, is_absent: bool) -> str:
+    """What a connected worker says; `is_absent` where nobody has the model."""
     if worker["reasons"]:
         return f"cannot: {reason_in_words('; '.join(worker['reasons']))}"
     placement = worker["placement"]
     if placement is not None:
         return f"fits: {placement['tier']} on {placement['device_id']}, {count(placement['micro_batch'], 'row')} at a time"
     if not worker["refused"]:
-        return "can take it"
+        return "may fetch the model; whether it has room is known then" if is_absent else "can take it"
     return f"{_shortage(worker)}{', but has room once its memory is free' if worker['fits_when_free'] else ''}"
 
 

@@ -60,6 +60,16 @@ def test_what_must_go_together_is_said_plainly(command: Command, service: Servic
     assert f"   ollm-service amend {job_id} --where any --device any\n" in told
 
 
+def test_a_model_that_nobody_has_is_said_to_be_fetched_first(command: Command, service: Service) -> None:
+    """A worker that may fetch it does not claim that it can take the plan."""
+    both = {"optimized-native": None, "transformers-generic": None}
+    new_worker(service.store, "attic", may_download=True, backends=both)
+    job_id = command("submit", "-", "-m", "org/name", given=rows("a")).stdout.strip()
+    told = command("explain", job_id).stdout
+    assert re.search(r"^attic +may fetch the model; whether it has room is known then$", told, re.MULTILINE), told
+    assert "can take it" not in told
+
+
 def test_where_nobody_is_connected_that_is_said(command: Command, service: Service) -> None:
     """And who was there once."""
     worker_id = new_worker(service.store, "attic", models=(MODEL,))
