@@ -21,7 +21,7 @@ from workers.host_memory import host_memory, private_bytes
 from workers.nvml import Gpu, Nvml, NvmlUnavailable, visible
 
 CPU_DTYPES = ("float64", "float32", "bfloat16", "float16")
-NOT_IN_THIS_ENGINE = "not in this version of the engine"
+NOT_IN_THIS_ENGINE = "not in this version of the engine; it takes a worker with a later one"
 RUNNER_LIBRARIES = ("torch", "transformers", "safetensors")
 # What a model may be of: the generic kinds, and a family whose models are of none.
 KINDS = (*(kind.value for kind in GenericModelKind), NativeFamily.VOXTRAL.value)
