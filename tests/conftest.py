@@ -15,7 +15,8 @@ from tests.servers import MissingServer, PostgresServer, RabbitServer, RedisServ
 MISSING = "missing server: "
 # Whole services, killed processes and clocks: these tests run one at a time.
 SERIAL_FOLDERS = {"e2e", "chaos", "browser", "gpu"}
-PATIENT_MODULES = {"test_compose.py", "test_checker.py"}  # in those folders, but with time enough to run beside others
+# In those folders, but with time enough to run beside others.
+PATIENT_MODULES = {"test_compose.py", "test_checker.py", "test_downloads.py", "test_offload.py", "test_kv_strategies.py"}
 
 for _name in [name for name in os.environ if name.startswith("OLLM_")]:
     del os.environ[_name]
