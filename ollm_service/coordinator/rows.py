@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ollm_service.core.errors import InvalidJob, InvalidOption, printable
+from ollm_service.core.errors import InvalidJob, InvalidOption, printable, shown
 from ollm_service.core.leasing import RowError
 from ollm_service.core.options import GenerationConfig
 from ollm_service.store.jobs import NewRow
@@ -123,9 +123,9 @@ def _refuse_unsupported(settings: Mapping[str, Any], *, but: Sequence[str] = ())
         if name in but:
             continue
         if name not in _UNSUPPORTED:
-            raise _WrongRow("unknown_field", f"`{name}` is not a field of a row. Allowed: {', '.join(ROW_FIELDS)}.")
+            raise _WrongRow("unknown_field", f"`{shown(name)}` is not a field of a row. Allowed: {', '.join(ROW_FIELDS)}.")
         if not _asks_for_nothing(name, value):
-            raise _WrongRow("unsupported_option", f"`{name}` is not supported yet.")
+            raise _WrongRow("unsupported_option", f"`{shown(name)}` is not supported yet.")
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:
@@ -160,7 +160,7 @@ def _message(number: int, message: Any) -> dict[str, str]:
     for name, value in message.items():
         if name not in ("role", "content", "name"):
             if value:
-                raise _WrongRow("unsupported_option", f"messages[{number}].{name} is not supported yet.")
+                raise _WrongRow("unsupported_option", f"messages[{number}].{shown(name)} is not supported yet.")
             continue
         if value is None and name == "name":
             continue
