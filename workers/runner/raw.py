@@ -1,6 +1,7 @@
 """How are a tensor's bytes read and written without a copy?"""
 
 import mmap
+import os
 
 import torch
 from torch import Tensor
@@ -15,6 +16,14 @@ def memory_of(data: Tensor) -> memoryview:
 def bytes_of(tensor: Tensor) -> memoryview:
     """A tensor's elements in their order, in the machine's byte order; copied only where they are not so already."""
     return memory_of(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8))
+
+
+def write_all(fd: int, data: memoryview, offset: int) -> int:
+    """Write all of it at this place of a file; returns where it ends. Raises OSError, as when the disk is full."""
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+    return offset
 
 
 def pages(size: int) -> Tensor:

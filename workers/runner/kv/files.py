@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from workers.runner.raw import write_all
+
 _NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 # Where a file system cannot reserve, writing tells whether there was room.
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL)
@@ -28,7 +30,7 @@ class LayerFile:
 
     def write(self, data: memoryview, offset: int) -> int:
         """Write all of it; returns where it ends. Raises OSError, for one when the disk is full."""
-        return _write_all(self._fd, data, offset)
+        return write_all(self._fd, data, offset)
 
     def read(self, into: memoryview, offset: int) -> None:
         """Fill all of it. Raises OSError when the file is too short."""
@@ -41,7 +43,7 @@ class LayerFile:
 
     def note(self, **entry: object) -> None:
         """Add a line to the manifest. Raises OSError."""
-        self._manifest_end = _write_all(self._manifest_fd, memoryview(json.dumps(entry).encode() + b"\n"), self._manifest_end)
+        self._manifest_end = write_all(self._manifest_fd, memoryview(json.dumps(entry).encode() + b"\n"), self._manifest_end)
 
     def close(self) -> None:
         """Close the files; deleting them is the folder's affair."""
@@ -66,10 +68,3 @@ def _reserve(fd: int, size: int) -> None:
             raise
         with contextlib.suppress(OSError):
             os.ftruncate(fd, 0)
-
-
-def _write_all(fd: int, data: memoryview, offset: int) -> int:
-    while data:
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written
-    return offset

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.runner.raw import bytes_of, memory_of, pages
+from workers.runner.raw import bytes_of, memory_of, pages, write_all
 
 FORMAT, SCHEMA_VERSION = "ollm-extents", 1
 ALIGNMENT, TENSOR_ALIGNMENT = 4096, 64
@@ -104,11 +104,11 @@ class ExtentWriter:
             )
             for part in (memoryview(padding), data):
                 checksum = zlib.crc32(part, checksum)
-                self._write(part, self._end + at)
+                write_all(self._data, part, self._end + at)
                 at += len(part)
             visit()
         tail = bytes(-at % ALIGNMENT)
-        self._write(memoryview(tail), self._end + at)
+        write_all(self._data, memoryview(tail), self._end + at)
         extent = Extent(name=name, offset=self._end, size=at + len(tail), checksum=zlib.crc32(tail, checksum), spans=tuple(spans))
         os.fsync(self._data)
         self._note(_line_of(extent))
@@ -123,11 +123,6 @@ class ExtentWriter:
         """Leave what is written."""
         os.close(self._data)
         os.close(self._manifest)
-
-    def _write(self, data: memoryview, offset: int) -> None:
-        while data:
-            count = os.pwrite(self._data, data, offset)
-            data, offset = data[count:], offset + count
 
     def _note(self, entry: Mapping[str, Any]) -> None:
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"

@@ -107,10 +107,10 @@ def _by_layer(module: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
     """The model's parameters by layer; `""` has those of no layer, and all buffers that checkpoints hold. Tied ones once."""
     layers = layer_names(module)
     found: dict[str, dict[str, Tensor]] = {name: {} for name in ("", *layers)}
-    parameters = dict(module.named_parameters())
-    for key, tensor in parameters.items():
+    for key, tensor in module.named_parameters():
         found[next((name for name in layers if key.startswith(f"{name}.")), "")][key] = tensor
-    found[""] |= {key: tensor for key, tensor in module.named_buffers() if key in module.state_dict()}
+    saved = module.state_dict().keys()
+    found[""] |= {key: tensor for key, tensor in module.named_buffers() if key in saved}
     return found
 
 
