@@ -144,7 +144,7 @@ class ExtentFile:
         path = folder / _DATA
         if path.stat().st_size < max(extent.offset + extent.size for extent in self.extents.values()):
             raise CorruptExtents(f"{path} is too short")
-        self._fd, self.is_direct = _open_to_read(path)
+        self._fd = _open_to_read(path)
         self._finalize = weakref.finalize(self, os.close, self._fd)
         self.bytes_read = 0
 
@@ -184,7 +184,7 @@ def delete_extents(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _open_to_read(path: Path) -> tuple[int, bool]:
+def _open_to_read(path: Path) -> int:
     """Past the page cache where the file system can do that, so that a model larger than memory pushes nothing out of it."""
     flags, direct = os.O_RDONLY | os.O_CLOEXEC, getattr(os, "O_DIRECT", 0)
     with contextlib.suppress(OSError):  # some refuse at once, others at the first read
@@ -194,8 +194,8 @@ def _open_to_read(path: Path) -> tuple[int, bool]:
         except OSError:
             os.close(fd)
             raise
-        return fd, bool(direct)
-    return os.open(path, flags), False
+        return fd
+    return os.open(path, flags)
 
 
 def _line_of(extent: Extent) -> dict[str, Any]:
