@@ -42,7 +42,8 @@ def generate(model: LoadedModel, rows: Sequence[EncodedRow], pulse: Pulse, measu
             newest = [running[index].last_token for index in kept]
             if len(kept) < len(running):
                 kept_B = torch.tensor(kept, device=model.device)
-                cache.batch_select_indices(kept_B)
+                # Not batch_select_indices, which transformers' layers with a recurrent state lack or do by half.
+                cache.reorder_cache(kept_B)  # type: ignore[arg-type]  # any tensor of indices will do
                 mask_BT, positions_BL = mask_BT[kept_B], positions_BL[kept_B]
                 running = [running[index] for index in kept]
             tokens_BL = torch.tensor(newest, device=model.device).unsqueeze(-1)
