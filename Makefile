@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: bench-engine help setup servers demo test lint check pages chaos bench-dispatch bench-estimates clean
+.PHONY: bench-engine help setup servers demo test exactness lint check pages chaos bench-dispatch bench-estimates clean
 .DEFAULT_GOAL := help
 
 help: ## say what each target does
@@ -21,8 +21,11 @@ demo: setup ## a job, a fallback and a killed worker, before your eyes (about a 
 	@$(PY) scripts/demo.py
 
 test: setup servers ## run every test
-	$(PY) -m pytest -n 2 --dist loadgroup -m "not serial"
+	$(PY) -m pytest -n 2 --dist loadgroup -m "not serial and not grid"
 	$(PY) -m pytest -m serial
+
+exactness: setup ## every family, pass, KV strategy, placement and batch size against plain transformers
+	$(PY) -m pytest -n 2 --dist loadgroup -m "" tests/exactness
 
 lint: setup ## ruff, mypy --strict and the import contracts
 	.venv/bin/ruff check

@@ -1,0 +1,77 @@
+"""Which models does the grid hold against plain transformers? One line for each family, and what its models are made of.
+
+A model's characters are tokens, no token's text is empty, and no answer ends by itself: so equal texts are equal tokens. Voxtral
+has no line yet, as the runner answers with no audio model; its language model is a Llama. A family joins by a line in `FAMILIES`,
+with the passes that it can apply besides those that every family shares.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from ollm_service.core.plan import PassId
+from scripts.train_demo_model import make_tokenizer
+from tests import families
+
+CONTEXT = 4096
+# Wide enough that random weights give varied answers.
+SPREAD = 0.3
+
+# The passes that not every family has. `disk-cache` and `cpu-offload` need no mention: the axes of KV and placement act on them.
+FAMILIES: Mapping[str, frozenset[PassId]] = MappingProxyType(
+    {
+        "llama": frozenset({PassId.MLP_CHUNKING}),
+        "gemma3-text": frozenset({PassId.MLP_CHUNKING}),
+        "qwen3-next": frozenset(),
+        "qwen3-moe": frozenset(),
+        "gpt-oss": frozenset(),
+        "qwen2": frozenset({PassId.MLP_CHUNKING}),
+        "gpt2": frozenset(),
+        "phi3": frozenset(),
+        "mixtral": frozenset(),
+        "deepseek-v3": frozenset(),
+        "falcon": frozenset(),
+        "lfm2": frozenset(),
+    }
+)
+
+
+def save(family: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """Make a model of the family with random weights and save it in `folder`, with a tokenizer."""
+    tokenizer = make_tokenizer()
+    architecture, config = families.FAMILIES[family]()
+    config.update(
+        {
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": CONTEXT,
+            "initializer_range": SPREAD,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+    )
+    torch.manual_seed(seed)
+    model: Any = architecture(config)
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers does not annotate it
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    with torch.no_grad():
+        # The logit of a token without weight is zero, which is never the largest of a hundred.
+        model.get_output_embeddings().weight[tokenizer.all_special_ids] = 0
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if family == "gpt-oss":
+        _export(folder / "gds_export")
+    return folder
+
+
+def _export(folder: Path) -> None:
+    """An export in the form that the gpt-oss provider looks for: without one it takes no model of the family."""
+    folder.mkdir()
+    (folder / "norm.raw").write_bytes(b"raw")
+    (folder / "manifest.json").write_text(json.dumps({"model.norm.weight": {"path": "norm.raw", "dtype": "float16"}}))
