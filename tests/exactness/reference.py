@@ -53,5 +53,21 @@ def _loaded(folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
 
 
 def some_text(length: int, seed: int) -> str:
-    """Text of so many characters that no model has a habit about."""
-    return "".join(random.Random(seed).choices(string.ascii_letters + string.digits + " ", k=length))
+    """Text of so many characters, and as many tokens, that no model has a habit about."""
+    return "".join(random.Random(seed).choices(string.ascii_letters + string.digits + string.punctuation, k=length))
+
+
+@cache
+def forced_logits(folder: Path, prompt: str, answer: str, dtype: torch.dtype) -> Tensor:
+    """Logits [N, V] by which each token of the answer would be chosen after those before it, computed in the given type."""
+    model, tokenizer = _loaded(folder, dtype)
+    tokens = tokenizer(prompt + answer, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=tokens).logits[0, -len(answer) - 1 : -1].float()
+    return logits
+
+
+def token_ids(folder: Path, text: str) -> list[int]:
+    """The tokens of a text in the midst of others."""
+    _, tokenizer = _loaded(folder, None)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

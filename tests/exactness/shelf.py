@@ -31,17 +31,25 @@ class Shelf:
     """Models in folders of their own, and the extents of those that were streamed, for all tests of a process."""
 
     root: Path
-    _held: dict[tuple[str, int, torch.dtype], HeldFolder] = field(default_factory=dict)
+    _held: dict[Path, HeldFolder] = field(default_factory=dict)
 
-    def model(self, family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> HeldFolder:
-        """The family's model; other seeds are other weights."""
-        key = (family, seed, dtype)
-        if key not in self._held:
-            models = self.root / f"{family}-{seed}-{str(dtype).removeprefix('torch.')}"
-            folder = save(family, models / family, seed=seed, dtype=dtype)
-            (profile,) = inspect_models(models, DigestCache())
-            self._held[key] = HeldFolder(folder=folder, profile=profile)
-        return self._held[key]
+    def model(self, family: str, *, seed: int = 0) -> HeldFolder:
+        """The family's model in float32; other seeds are other weights."""
+        models = self.root / f"{family}-{seed}"
+        if models not in self._held:
+            self._hold(models, save(family, models / family, seed=seed))
+        return self._held[models]
+
+    def bfloat16_model(self, family: str) -> HeldFolder:
+        """The family's model in bfloat16. Its tokens ask every expert."""
+        models = self.root / f"{family}-bfloat16"
+        if models not in self._held:
+            self._hold(models, save(family, models / family, dtype=torch.bfloat16, asks_all_experts=True))
+        return self._held[models]
+
+    def _hold(self, models: Path, folder: Path) -> None:
+        (profile,) = inspect_models(models, DigestCache())
+        self._held[models] = HeldFolder(folder=folder, profile=profile)
 
     def command(self, model: HeldFolder, cell: Cell, rows: Sequence[WorkRow], cache_dir: Path) -> Execute:
         """Answer the rows as the cell says."""

@@ -8,6 +8,7 @@ from ollm_service.core.options import KVCacheStrategy
 from ollm_service.core.passes import Applied
 from ollm_service.core.plan import PassId
 from tests.exactness.cells import Cell, Residency
+from tests.exactness.collecting import collected
 from tests.exactness.reference import plain_answer, some_text
 from tests.exactness.shelf import Shelf
 from tests.runner.commands import first_outcomes, results_of, run, work_row
@@ -34,9 +35,7 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize(
-    "cell", [pytest.param(one, id=str(one), marks=pytest.mark.xdist_group(f"exactness-{one.family}")) for one in LONG]
-)
+@pytest.mark.parametrize("cell", collected(LONG, LONG[:3]))
 def test_long_prompts_keep_the_tokens(engine: Engine, shelf: Shelf, tmp_path: Path, cell: Cell) -> None:
     """Beside a short row and beside each other they get the tokens that each gets alone."""
     model = shelf.model(cell.family)

@@ -7,6 +7,7 @@ import pytest
 from ollm_service.core.options import KVCacheStrategy
 from ollm_service.core.wire import Loaded
 from tests.exactness.cells import EXACT_PASSES, Cell, Residency
+from tests.exactness.collecting import collected
 from tests.exactness.families import FAMILIES
 from tests.exactness.reference import plain_answer, some_text
 from tests.exactness.shelf import HeldFolder, Shelf
@@ -35,7 +36,7 @@ def resident(family: str) -> Cell:
     return Cell(family=family, exact_pass=None, kv=KVCacheStrategy.RESIDENT, residency=Residency.RESIDENT, batch=3)
 
 
-@pytest.mark.parametrize("family", [pytest.param(name, marks=pytest.mark.xdist_group(f"exactness-{name}")) for name in FAMILIES])
+@pytest.mark.parametrize("family", collected(FAMILIES))
 def test_plans_follow_each_other_in_one_runner(shelf: Shelf, tmp_path: Path, family: str) -> None:
     """Two jobs on one model, one on another with the family's other weights, and one on the first again: each as if alone."""
     one, other = shelf.model(family), shelf.model(family, seed=1)
