@@ -17,8 +17,8 @@ $(READY): pyproject.toml constraints.txt scripts/setup.sh
 servers: # redis-server, PostgreSQL and RabbitMQ for the tests, where missing and where we may
 	@bash scripts/setup.sh servers
 
-demo: setup ## a job, a fallback and a killed worker, before your eyes (about a minute)
-	@$(PY) scripts/demo.py
+demo: setup ## a job, a fallback, a killed worker and a model beyond memory, before your eyes
+	@$(PY) -m scripts.demo
 
 test: setup servers ## run every test
 	$(PY) -m pytest -n 2 --dist loadgroup -m "not serial and not grid"
