@@ -3,7 +3,7 @@
 The promise: in float32 every cell gives the greedy tokens that plain transformers' `generate` gives for each prompt alone. The
 axes are families × exact passes × KV {resident, paged} × placement {streamed, partly resident, resident} × batch {1, 3, 8}.
 `make exactness` runs all cells; `make test` runs a pairwise cover of them: every two values of two axes that can meet do meet in
-one of its cells. To add a pass, write a line in `EXACT_PASSES` and name it with its families in `families.py`.
+one of its cells. A pass joins by a line in `EXACT_PASSES`; then the cells of its families have it alone and beside their others.
 
 Two exact passes act through an axis of their own: `disk-cache` wherever KV is paged, `cpu-offload` wherever layers are streamed.
 `quantized-cold-tier` and `sliding-window-ring-buffer` are not exact, and not here: tests/runner/test_kv_quantized.py and
@@ -11,7 +11,7 @@ test_kv_ring.py hold what they promise instead.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import product
 from types import MappingProxyType
@@ -24,10 +24,24 @@ from tests.exactness.families import FAMILIES
 
 KV = (KVCacheStrategy.RESIDENT, KVCacheStrategy.PAGED)
 BATCHES = (1, 3, 8)
+CHUNK_ROWS = 7
 
-# The passes that have no axis of their own, with the options that make them act on prompts as short as the grid's.
-EXACT_PASSES: Mapping[PassId, Mapping[str, Any]] = MappingProxyType(
-    {PassId.MLP_CHUNKING: MappingProxyType({"dense_projection_chunk_rows": 7})}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExactPass:
+    """Whose models it acts on, and the options that make it act on prompts as short as the grid's."""
+
+    families: frozenset[str]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    needs_disk_layers: bool = False  # it has nothing to do where every layer stays
+
+
+EXACT_PASSES: Mapping[PassId, ExactPass] = MappingProxyType(
+    {
+        PassId.MLP_CHUNKING: ExactPass(
+            families=frozenset({"llama", "gemma3-text", "qwen2"}), options={"dense_projection_chunk_rows": CHUNK_ROWS}
+        ),
+    }
 )
 
 
@@ -51,20 +65,20 @@ class Residency(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One way of running one family. `exact_pass` is None where only the passes of the other axes act."""
+    """One way of running one family. `extra` are the passes that act besides those of the other axes."""
 
     family: str
-    exact_pass: PassId | None
+    extra: tuple[PassId, ...] = ()
     kv: KVCacheStrategy
     residency: Residency
     batch: int
 
     def __str__(self) -> str:
-        return "-".join(str(value) for value in self.values() if value is not None)
+        return "-".join([self.family, *self.extra, self.kv, self.residency, str(self.batch)])
 
     def values(self) -> tuple[object, ...]:
         """Its place on each axis."""
-        return self.family, self.exact_pass, self.kv, self.residency, self.batch
+        return self.family, self.extra, self.kv, self.residency, self.batch
 
     @property
     def acting(self) -> tuple[PassId, ...]:
@@ -73,21 +87,28 @@ class Cell:
             PassId.DISK_CACHE: self.kv is KVCacheStrategy.PAGED,
             PassId.CPU_OFFLOAD: self.residency is not Residency.RESIDENT,
         }
-        return (*(pass_id for pass_id, does in acts.items() if does), *([self.exact_pass] if self.exact_pass else []))
+        return (*(pass_id for pass_id, does in acts.items() if does), *self.extra)
 
     @property
     def config(self) -> RuntimeConfig:
         """What a user would ask for to get this."""
-        return RuntimeConfig(kv_cache_strategy=self.kv, **(EXACT_PASSES[self.exact_pass] if self.exact_pass else {}))
+        options = {name: value for pass_id in self.extra for name, value in EXACT_PASSES[pass_id].options.items()}
+        return RuntimeConfig(kv_cache_strategy=self.kv, **options)
+
+
+def extras_of(family: str) -> list[tuple[PassId, ...]]:
+    """No other pass, each of the family's own, and all of them at once."""
+    own = tuple(pass_id for pass_id, exact in EXACT_PASSES.items() if family in exact.families)
+    return [(), *((pass_id,) for pass_id in own), *([own] if len(own) > 1 else [])]
 
 
 def all_cells() -> list[Cell]:
     """The whole grid, each family's cells together, and within it those with the same layers on disk: a model stays warm."""
     return [
-        Cell(family=family, exact_pass=exact_pass, kv=kv, residency=residency, batch=batch)
-        for family, own in FAMILIES.items()
-        for residency, exact_pass, kv, batch in product(Residency, (None, *EXACT_PASSES), KV, BATCHES)
-        if exact_pass is None or exact_pass in own
+        Cell(family=family, extra=extra, kv=kv, residency=residency, batch=batch)
+        for family in FAMILIES
+        for residency, extra, kv, batch in product(Residency, extras_of(family), KV, BATCHES)
+        if residency is not Residency.RESIDENT or not any(EXACT_PASSES[pass_id].needs_disk_layers for pass_id in extra)
     ]
 
 

@@ -1,20 +1,17 @@
 """Which models does the grid hold against plain transformers? One line for each family, and what its models are made of.
 
 A model's characters are its tokens, and no answer has special tokens or ends by itself: so equal texts are equal tokens. Voxtral
-has no line yet, as the runner answers with no audio model; its language model is a Llama. A family joins by a line in `FAMILIES`,
-with the passes that it can apply besides those that every family shares.
+has no line yet, as the runner answers with no audio model; its language model is a Llama. A family joins by a line in `FAMILIES`;
+tests/families.py says how its model is made.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from ollm_service.core.plan import PassId
 from scripts.train_demo_model import make_tokenizer
 from tests import families
 
@@ -22,22 +19,19 @@ CONTEXT = 4096
 # Wide enough that random weights give varied answers.
 SPREAD = 0.3
 
-# The passes that not every family has. `disk-cache` and `cpu-offload` need no mention: the axes of KV and placement act on them.
-FAMILIES: Mapping[str, frozenset[PassId]] = MappingProxyType(
-    {
-        "llama": frozenset({PassId.MLP_CHUNKING}),
-        "gemma3-text": frozenset({PassId.MLP_CHUNKING}),
-        "qwen3-next": frozenset(),
-        "qwen3-moe": frozenset(),
-        "gpt-oss": frozenset(),
-        "qwen2": frozenset({PassId.MLP_CHUNKING}),
-        "gpt2": frozenset(),
-        "phi3": frozenset(),
-        "mixtral": frozenset(),
-        "deepseek-v3": frozenset(),
-        "falcon": frozenset(),
-        "lfm2": frozenset(),
-    }
+FAMILIES = (
+    "llama",
+    "gemma3-text",
+    "qwen3-next",
+    "qwen3-moe",
+    "gpt-oss",
+    "qwen2",
+    "gpt2",
+    "phi3",
+    "mixtral",
+    "deepseek-v3",
+    "falcon",
+    "lfm2",
 )
 
 

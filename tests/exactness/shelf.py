@@ -13,7 +13,7 @@ from ollm_service.core.profile import ModelProfile
 from ollm_service.core.resolution import HeldModel
 from ollm_service.core.wire import Execute
 from ollm_service.inspection import DigestCache, inspect_models
-from tests.exactness.cells import EXACT_PASSES, Cell
+from tests.exactness.cells import CHUNK_ROWS, Cell
 from tests.exactness.families import save
 from tests.runner.commands import make_command, make_plan
 
@@ -75,5 +75,9 @@ def planned(profile: ModelProfile, cell: Cell) -> RuntimePlan:
     found = plan(f"path:{profile.name}", [HeldModel(profile=profile, workers=("grid",))], cell.config).plan
     if found.backend_id is not None and set(cell.acting) <= set(found.specialization_pass_ids):
         return found
-    options = EXACT_PASSES.get(PassId.MLP_CHUNKING, {}) if cell.exact_pass is PassId.MLP_CHUNKING else {}
-    return make_plan(profile.name, cell.acting, options.get("dense_projection_chunk_rows"))
+    return by_hand(profile, cell)
+
+
+def by_hand(profile: ModelProfile, cell: Cell) -> RuntimePlan:
+    """A plan of the passes that the cell is about."""
+    return make_plan(profile.name, cell.acting, CHUNK_ROWS if PassId.MLP_CHUNKING in cell.extra else None)

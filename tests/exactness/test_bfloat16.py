@@ -112,7 +112,7 @@ def first_difference(answer: str, given: int, text: str) -> int | None:
 
 def cells(family: str) -> Mapping[str, Cell]:
     """Everything in memory, and everything out of it."""
-    resident = Cell(family=family, exact_pass=None, kv=KVCacheStrategy.RESIDENT, residency=Residency.RESIDENT, batch=3)
+    resident = Cell(family=family, kv=KVCacheStrategy.RESIDENT, residency=Residency.RESIDENT, batch=3)
     away = replace(resident, kv=KVCacheStrategy.PAGED, residency=Residency.STREAMED, batch=8)
     return {"resident": resident, "streamed": away}
 

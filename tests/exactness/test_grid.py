@@ -6,11 +6,11 @@ import pytest
 
 from ollm_service.core.passes import Applied, Failed
 from ollm_service.core.wire import Finished
-from tests.exactness.cells import Cell, all_cells, covering_cells
+from tests.exactness.cells import KV, Cell, all_cells, covering_cells
 from tests.exactness.collecting import collected
 from tests.exactness.families import FAMILIES
 from tests.exactness.reference import plain_answer, some_text
-from tests.exactness.shelf import HeldFolder, Shelf
+from tests.exactness.shelf import HeldFolder, Shelf, by_hand, planned
 from tests.runner.commands import first_outcomes, of_kind, results_of, run, work_row
 from workers.runner.engine import Engine
 
@@ -42,6 +42,16 @@ def test_the_tokens_are_those_of_plain_transformers(engine: Engine, shelf: Shelf
     outcomes = first_outcomes(messages)
     assert set(cell.acting) <= {pass_id for pass_id, outcome in outcomes.items() if isinstance(outcome, Applied)}, outcomes
     assert not any(isinstance(outcome, Failed) for outcome in outcomes.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "most_kv"), [("llama", 2), ("gemma3-text", 2), ("qwen3-next", 2), ("qwen3-moe", 2), ("gpt-oss", 1)]
+)
+def test_native_families_run_as_the_planner_plans_them(shelf: Shelf, family: str, most_kv: int) -> None:
+    """No plan of theirs is written by hand, but where the planner keeps GPT-OSS's cache out of files."""
+    profile = shelf.model(family).profile
+    cells = [cell for cell in all_cells() if cell.family == family and cell.kv in KV[:most_kv]]
+    assert not any(planned(profile, cell) == by_hand(profile, cell) for cell in cells)
 
 
 @pytest.mark.parametrize("family", collected(FAMILIES, FAMILIES))

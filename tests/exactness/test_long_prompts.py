@@ -19,19 +19,14 @@ NEW_TOKENS = 4
 PROMPTS = tuple(some_text(length, seed=length) for length in (2047, 2100, 2500, 40))
 
 
-def cell(family: str, exact_pass: PassId | None, kv: KVCacheStrategy, residency: Residency, batch: int) -> Cell:
-    """A cell that the grid has, too."""
-    return Cell(family=family, exact_pass=exact_pass, kv=kv, residency=residency, batch=batch)
-
-
 RESIDENT, PAGED = KVCacheStrategy.RESIDENT, KVCacheStrategy.PAGED
 LONG = [
-    cell("llama", None, RESIDENT, Residency.RESIDENT, 3),
-    cell("llama", PassId.MLP_CHUNKING, PAGED, Residency.STREAMED, 8),
-    cell("gemma3-text", None, PAGED, Residency.PARTLY, 3),
-    cell("qwen3-next", None, PAGED, Residency.STREAMED, 8),
-    cell("gpt-oss", None, RESIDENT, Residency.STREAMED, 3),
-    cell("gpt2", None, PAGED, Residency.RESIDENT, 1),
+    Cell(family="llama", kv=RESIDENT, residency=Residency.RESIDENT, batch=3),
+    Cell(family="llama", extra=(PassId.MLP_CHUNKING,), kv=PAGED, residency=Residency.STREAMED, batch=8),
+    Cell(family="gemma3-text", kv=PAGED, residency=Residency.PARTLY, batch=3),
+    Cell(family="qwen3-next", kv=PAGED, residency=Residency.STREAMED, batch=8),
+    Cell(family="gpt-oss", kv=RESIDENT, residency=Residency.STREAMED, batch=3),
+    Cell(family="gpt2", kv=PAGED, residency=Residency.RESIDENT, batch=1),
 ]
 
 
