@@ -20,7 +20,7 @@ servers: # redis-server, PostgreSQL and RabbitMQ for the tests, where missing an
 demo: setup ## a job, a fallback, a killed worker and a model beyond memory, before your eyes
 	@$(PY) -m scripts.demo
 
-test: setup servers ## run every test
+test: setup servers ## run every test, and of the exactness grid a pairwise cover
 	$(PY) -m pytest -n 2 --dist loadgroup -m "not serial and not grid"
 	$(PY) -m pytest -m serial
 
