@@ -18,11 +18,12 @@ from types import MappingProxyType
 from typing import Any
 
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
-from ollm_service.core.plan import PassId
+from ollm_service.core.packing import runs_in_packs
+from ollm_service.core.plan import BackendId, PassId
+from tests import families
 from tests.exactness.cover import pairwise_cover
 from tests.exactness.families import FAMILIES
 
-KV = (KVCacheStrategy.RESIDENT, KVCacheStrategy.PAGED)
 BATCHES = (1, 3, 8)
 CHUNK_ROWS = 7
 
@@ -102,12 +103,19 @@ def extras_of(family: str) -> list[tuple[PassId, ...]]:
     return [(), *((pass_id,) for pass_id in own), *([own] if len(own) > 1 else [])]
 
 
+def kv_of(family: str) -> tuple[KVCacheStrategy, ...]:
+    """Where a family's cache may live; rows that cannot run in packs keep theirs in memory."""
+    _architecture, config = families.FAMILIES[family]()
+    in_packs = runs_in_packs(config.model_type, BackendId.OPTIMIZED_NATIVE)
+    return (KVCacheStrategy.RESIDENT, KVCacheStrategy.PAGED) if in_packs else (KVCacheStrategy.RESIDENT,)
+
+
 def all_cells() -> list[Cell]:
     """The whole grid, each family's cells together, and within it those with the same layers on disk: a model stays warm."""
     return [
         Cell(family=family, extra=extra, kv=kv, residency=residency, batch=batch)
         for family in FAMILIES
-        for residency, extra, kv, batch in product(Residency, extras_of(family), KV, BATCHES)
+        for residency, extra, kv, batch in product(Residency, extras_of(family), kv_of(family), BATCHES)
         if residency is not Residency.RESIDENT or not any(EXACT_PASSES[pass_id].needs_disk_layers for pass_id in extra)
     ]
 

@@ -24,7 +24,7 @@ import torch
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
 from ollm_service.core.plan import PassId
 from ollm_service.core.wire import Execute
-from tests.exactness.cells import Cell, Residency
+from tests.exactness.cells import Cell, Residency, kv_of
 from tests.exactness.collecting import collected
 from tests.exactness.families import FAMILIES
 from tests.exactness.reference import forced_logits, plain_answer, some_text, token_ids
@@ -113,7 +113,7 @@ def first_difference(answer: str, given: int, text: str) -> int | None:
 def cells(family: str) -> Mapping[str, Cell]:
     """Everything in memory, and everything out of it."""
     resident = Cell(family=family, kv=KVCacheStrategy.RESIDENT, residency=Residency.RESIDENT, batch=3)
-    away = replace(resident, kv=KVCacheStrategy.PAGED, residency=Residency.STREAMED, batch=8)
+    away = replace(resident, kv=kv_of(family)[-1], residency=Residency.STREAMED, batch=8)
     return {"resident": resident, "streamed": away}
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from ollm_service.core.passes import Applied, Failed
 from ollm_service.core.wire import Finished
-from tests.exactness.cells import KV, Cell, all_cells, covering_cells
+from tests.exactness.cells import Cell, all_cells, covering_cells, kv_of
 from tests.exactness.collecting import collected
 from tests.exactness.families import FAMILIES
 from tests.exactness.reference import plain_answer, some_text
@@ -50,7 +50,7 @@ def test_the_tokens_are_those_of_plain_transformers(engine: Engine, shelf: Shelf
 def test_native_families_run_as_the_planner_plans_them(shelf: Shelf, family: str, most_kv: int) -> None:
     """No plan of theirs is written by hand, but where the planner keeps GPT-OSS's cache out of files."""
     profile = shelf.model(family).profile
-    cells = [cell for cell in all_cells() if cell.family == family and cell.kv in KV[:most_kv]]
+    cells = [cell for cell in all_cells() if cell.family == family and cell.kv in kv_of(family)[:most_kv]]
     assert not any(planned(profile, cell) == by_hand(profile, cell) for cell in cells)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from ollm_service.core.options import KVCacheStrategy
 from ollm_service.core.wire import Loaded
-from tests.exactness.cells import Cell, Residency, extras_of
+from tests.exactness.cells import Cell, Residency, extras_of, kv_of
 from tests.exactness.collecting import collected
 from tests.exactness.families import FAMILIES
 from tests.exactness.reference import plain_answer, some_text
@@ -21,7 +21,7 @@ SECOND = tuple(some_text(length, seed=2000 + length) for length in (260, 12, 58)
 
 def streamed(family: str) -> Cell:
     """All that can act at once: every layer from disk, pages, and the family's own passes."""
-    return Cell(family=family, extra=extras_of(family)[-1], kv=KVCacheStrategy.PAGED, residency=Residency.STREAMED, batch=3)
+    return Cell(family=family, extra=extras_of(family)[-1], kv=kv_of(family)[-1], residency=Residency.STREAMED, batch=3)
 
 
 def resident(family: str) -> Cell:
