@@ -103,7 +103,7 @@ class PaddedLoop:
             newest = [running[index].last_token for index in kept]
             if len(kept) < len(running):
                 kept_B = torch.tensor(kept, device=model.device)
-                cache.reorder_cache(kept_B)
+                cache.reorder_cache(kept_B)  # type: ignore[arg-type]  # any tensor of integers will do
                 mask_BT, positions_BL = mask_BT[kept_B], positions_BL[kept_B]
                 running = [running[index] for index in kept]
             tokens_BL = torch.tensor(newest, device=model.device).unsqueeze(-1)
