@@ -3,7 +3,7 @@
 Everything that the placement keeps is read once and stays. The other layers are without weights until `LayerStream.open`.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ollm_service.core.wire import Execute
 from workers.runner.interruptions import AttemptEnded, first_line
 from workers.runner.raw import pages
-from workers.runner.weights.extents import CorruptExtents, ExtentFile
+from workers.runner.weights.extents import CorruptExtents, Extent, ExtentFile, tensors_of
 from workers.runner.weights.repack import NoRoomForExtents, forget_extents, open_extents, skeleton
 from workers.runner.weights.streaming import LayerStream, layer_names, off_device, on_device, place_of
 
@@ -50,33 +50,38 @@ def _load(command: Execute, folder: Path, device: torch.device, visit: Callable[
         in_host = [names[layer] for layer in placement.host_layers]
         on_disk = [names[layer] for layer in placement.disk_layers]
         away = {*in_host, *on_disk}
-        for extent in source.extents:
-            if extent not in away:
-                _put(module, source, extent, device)
-                visit()
+        for extents in _resident(source, names, away):
+            _put(module, source, extents, device)
+            visit()
         module.tie_weights()
         _move_buffers(module, device)
         _refuse_unbound(module, away)
-        host = {extent: _read(source, extent) for extent in in_host}
-        layers = [off_device(module, name, source.extents[name].spans) for name in names if name in away]
+        host = {name: _read(source, source.layer(name)) for name in in_host}
+        layers = [off_device(module, name, source.layer(name)) for name in names if name in away]
         return module, LayerStream(layers, source, device, host)
     except BaseException:
         source.close()
         raise
 
 
-def _read(source: ExtentFile, extent: str) -> Tensor:
-    buffer = pages(source.extents[extent].size)
-    source.read(extent, buffer)
+def _resident(source: ExtentFile, names: Sequence[str], away: Collection[str]) -> Iterator[Sequence[Extent]]:
+    """The extents of everything that stays on the device, those that lie together in one piece."""
+    yield (source.extents[""],)
+    yield from (source.layer(name) for name in names if name not in away)
+    in_layers = tuple(f"{name}." for name in names)
+    yield from (slices for owner, slices in source.slices.items() if not owner.startswith(in_layers))
+
+
+def _read(source: ExtentFile, extents: Sequence[Extent]) -> Tensor:
+    buffer = pages(sum(extent.size for extent in extents))
+    source.read_all(extents, buffer)
     return buffer
 
 
-def _put(module: nn.Module, source: ExtentFile, extent: str, device: torch.device) -> None:
-    """Bring an extent's tensors to where they belong, for good."""
-    buffer = _read(source, extent)
-    for span in source.extents[extent].spans:
-        tensor = on_device(span.of(buffer), device)
-        place = place_of(module, span.name)
+def _put(module: nn.Module, source: ExtentFile, extents: Sequence[Extent], device: torch.device) -> None:
+    """Bring tensors to where they belong, for good."""
+    for key, held in tensors_of(_read(source, extents), extents).items():
+        tensor, place = on_device(held, device), place_of(module, key)
         if place.name in place.module._buffers:
             place.module._buffers[place.name] = tensor
         else:
