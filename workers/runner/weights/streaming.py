@@ -129,7 +129,7 @@ class LayerStream:
         self._left_out = frozenset(owners)
         self._parameters.clear()
         self._pieces = self._pieces_of_a_pass()
-        if is_open:
+        if is_open and not self.is_broken:
             self.open()
 
     @contextmanager
