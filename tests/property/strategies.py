@@ -106,6 +106,7 @@ profiles = st.builds(
     embedding_bytes=st.integers(0, GIB),
     head_bytes=st.integers(0, GIB),
     expert_bytes=st.integers(0, GIB),
+    layer_expert_bytes=st.lists(st.integers(0, GIB), max_size=4).map(tuple),
     expert_count=st.integers(0, 512),
     experts_per_token=st.integers(0, 16),
     kv_bytes_per_token=st.integers(0, 2**21),
@@ -335,6 +336,7 @@ placements = st.builds(
     ).map(tuple),
     host_layers=layer_numbers,
     disk_layers=layer_numbers,
+    vocabulary_on_disk=st.booleans(),
 )
 work_rows = st.builds(
     WorkRow,

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from ollm_service.core.capabilities import Capabilities, LiveState
-from ollm_service.core.estimates import DEVICE_SLOTS, HOST_SLOTS, RUNTIME_BYTES, Layout, estimate_memory
+from ollm_service.core.estimates import RUNTIME_BYTES, Layout, estimate_memory
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
+from ollm_service.core.passing import DEVICE_SLOTS, EXPERT_SLOTS, HOST_SLOTS, passing_experts
 from ollm_service.core.placement import (
     MOST_ROWS,
     USABLE_FRACTION,
@@ -345,6 +346,85 @@ def test_a_processor_streams_from_disk() -> None:
     untold = placed(config, model=deep(layer_bytes=()), worker=capabilities(passes=OFFLOADING), free=free, limit=1)
     assert isinstance(untold, Unplaceable)
     assert untold.refused[-1].reason == "the model's layers cannot be told apart"
+
+
+VOCABULARY = {"vocabulary_size": 50_000, "hidden_size": 512, "embedding_bytes": 102_400_000, "head_bytes": 102_400_000}
+
+
+def streamed(
+    usable_bytes: int, *, model: ModelProfile, rows: int = 1, no_routing: str | None = "not here"
+) -> Placement | Unplaceable:
+    """Place rows of 100 tokens on a processor with so much usable, after what the runner takes."""
+    free = live({"cpu": just_enough(usable_bytes + RUNTIME_BYTES["cpu"])})
+    worker = capabilities(passes={**OFFLOADING, PassId.MOE_ROUTING: no_routing})
+    return placed(RuntimeConfig(kv_cache_strategy="resident"), model=model, worker=worker, free=free, limit=rows)
+
+
+def streamed_bytes(model: ModelProfile, rows: int, *, on_disk: bool, is_routed: bool = False) -> int:
+    """What rows of 100 tokens need where all layers come from disk."""
+    layout = Layout(
+        mlp_rows=None if is_routed else 16_384,
+        disk_layers=tuple(range(LAYERS)),
+        vocabulary_on_disk=on_disk,
+        is_routed=is_routed,
+    )
+    return estimate_memory(model, layout, rows=rows, tokens=100).device_bytes
+
+
+def test_the_vocabulary_goes_to_disk_where_only_so_the_model_fits() -> None:
+    """With room for embedding and head they stay; a byte less and they are read from disk; without them there is a least, too."""
+    model = deep(**VOCABULARY)
+    kept, gone = (streamed_bytes(model, 1, on_disk=on_disk) for on_disk in (False, True))
+    assert gone < kept
+    for usable, on_disk in ((kept, False), (kept - 1, True), (gone, True)):
+        found = streamed(usable, model=model)
+        assert isinstance(found, Placement)
+        assert (found.tier, found.vocabulary_on_disk) == (Tier.LAYERS_FROM_DISK, on_disk)
+        assert found.estimate.device_bytes <= usable
+    refused = streamed(gone - 1, model=model)
+    assert isinstance(refused, Unplaceable)
+    assert refused.refused[-1].needed_bytes == gone
+
+
+def test_the_vocabulary_goes_to_disk_where_that_gives_more_rows() -> None:
+    """Its room is worth rows, each of which divides what a pass reads; where all rows fit beside it, it stays."""
+    model = deep(**VOCABULARY)
+    usable = streamed_bytes(model, 8, on_disk=False)
+    some_rows, all_rows = streamed(usable, model=model, rows=64), streamed(usable, model=model, rows=8)
+    assert isinstance(some_rows, Placement)
+    assert isinstance(all_rows, Placement)
+    assert some_rows.vocabulary_on_disk
+    assert some_rows.micro_batch > 8
+    assert (all_rows.vocabulary_on_disk, all_rows.micro_batch) == (False, 8)
+
+
+def test_a_vocabulary_that_cannot_be_told_apart_stays() -> None:
+    """A profile that knows no vocabulary matrix never sends one to disk."""
+    model = deep(**{**VOCABULARY, "embedding_bytes": 0})
+    least = streamed_bytes(model, 1, on_disk=False)
+    assert isinstance(streamed(least - 1, model=model), Unplaceable)
+    assert isinstance(streamed(least, model=model), Placement)
+
+
+def test_experts_that_come_one_by_one_need_less_room() -> None:
+    """Where the plan and the worker have moe-routing, layers pass without their experts; where the worker has not, whole."""
+    model = deep(
+        family=NativeFamily.QWEN3_NEXT,
+        architecture="Qwen3NextForCausalLM",
+        model_type="qwen3_next",
+        expert_count=10,
+        experts_per_token=1,
+        expert_bytes=LAYERS * 80 * MIB,
+        layer_expert_bytes=(80 * MIB,) * LAYERS,
+    )
+    whole, routed = (streamed_bytes(model, 1, on_disk=False, is_routed=is_routed) for is_routed in (False, True))
+    expert = passing_experts(model, is_routed=True)[0]
+    assert whole - routed == DEVICE_SLOTS * 80 * MIB - EXPERT_SLOTS * expert
+    found = streamed(routed, model=model, no_routing=None)
+    assert isinstance(found, Placement)
+    assert found.layers_on_disk == LAYERS
+    assert found.estimate.device_bytes == routed
+    assert isinstance(streamed(routed, model=model), Unplaceable)
 
 
 def test_no_more_rows_than_there_are() -> None:

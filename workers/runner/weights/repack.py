@@ -6,7 +6,6 @@ loaded can be streamed. It is asked to keep all weights on disk, which takes no 
 
 import fcntl
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,9 +21,9 @@ from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from ollm_service.core.estimates import TILE_BYTES
+from ollm_service.core.passing import tile_rows
 from workers.runner.weights.checkpoint import load_checkpoint
-from workers.runner.weights.extents import ALIGNMENT, CorruptExtents, ExtentFile, ExtentWriter, Origin, delete_extents
+from workers.runner.weights.extents import CorruptExtents, ExtentFile, ExtentWriter, Origin, delete_extents
 from workers.runner.weights.parts import experts_of, vocabulary_keys
 from workers.runner.weights.streaming import layer_names
 
@@ -148,7 +147,7 @@ def _pieces(module: PreTrainedModel) -> Iterator[_Piece]:
         yield _Piece(owner=name, name=name, keys=tuple(key for key in tensors if key not in sliced))
         if not name:
             for key in matrices:
-                yield from _slices(key, (key,), tensors[key].shape[0], tile_rows(tensors[key]))
+                yield from _slices(key, (key,), tensors[key].shape[0], tile_rows(tensors[key][0].nbytes))
         for owner, experts in owners.items():
             keys = tuple(f"{owner}.{key}" for key in experts._parameters)
             yield from _slices(owner, keys, tensors[keys[0]].shape[0], 1)
@@ -157,13 +156,6 @@ def _pieces(module: PreTrainedModel) -> Iterator[_Piece]:
 def _slices(owner: str, keys: tuple[str, ...], rows: int, each: int) -> Iterator[_Piece]:
     for number, first in enumerate(range(0, rows, each)):
         yield _Piece(owner=owner, name=f"{owner}/{number}", keys=keys, first=first, last=min(rows, first + each))
-
-
-def tile_rows(matrix: Tensor) -> int:
-    """How many rows of a vocabulary matrix [V, H] a tile has: about `TILE_BYTES`, and whole blocks, so that tiles join."""
-    row = matrix[0].numel() * matrix.element_size()
-    step = ALIGNMENT // math.gcd(row, ALIGNMENT)
-    return max(step, TILE_BYTES // row // step * step)
 
 
 def _by_layer(module: PreTrainedModel) -> dict[str, dict[str, Tensor]]:

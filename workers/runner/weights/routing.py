@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ollm_service.core.estimates import EXPERT_SLOTS
+from ollm_service.core.passing import EXPERT_SLOTS
 from workers.runner.raw import pages
 from workers.runner.weights.extents import CorruptExtents, Extent, tensors_of
 from workers.runner.weights.parts import experts_of

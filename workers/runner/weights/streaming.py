@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ollm_service.core.estimates import DEVICE_SLOTS
+from ollm_service.core.passing import DEVICE_SLOTS
 from workers.runner.interruptions import AttemptEnded
 from workers.runner.raw import pages
 from workers.runner.weights.extents import CorruptExtents, Extent, ExtentFile, tensors_of
