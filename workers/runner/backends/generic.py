@@ -30,6 +30,7 @@ def model_key(command: Execute) -> ModelKey:
         device_id=placement.device_id,
         host_layers=placement.host_layers,
         disk_layers=placement.disk_layers,
+        vocabulary_on_disk=placement.vocabulary_on_disk,
     )
 
 

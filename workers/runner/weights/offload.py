@@ -1,6 +1,7 @@
 """How is a model brought into memory of which some layers stay outside the device?
 
-Everything that the placement keeps is read once and stays. The other layers are without weights until `LayerStream.open`.
+Everything that the placement keeps is read once and stays. The other layers are without weights until `LayerStream.open`; a
+vocabulary on disk is looked up there.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -14,8 +15,10 @@ from ollm_service.core.wire import Execute
 from workers.runner.interruptions import AttemptEnded, first_line
 from workers.runner.raw import pages
 from workers.runner.weights.extents import CorruptExtents, Extent, ExtentFile, tensors_of
+from workers.runner.weights.parts import vocabulary_keys
 from workers.runner.weights.repack import NoRoomForExtents, forget_extents, open_extents, skeleton
 from workers.runner.weights.streaming import LayerStream, layer_names, off_device, on_device, place_of
+from workers.runner.weights.vocabulary import head_tiles, leave_on_disk
 
 
 def load_offloaded(command: Execute, device: torch.device, visit: Callable[[], None]) -> tuple[PreTrainedModel, LayerStream]:
@@ -49,7 +52,7 @@ def _load(command: Execute, folder: Path, device: torch.device, visit: Callable[
         names = layer_names(module)
         in_host = [names[layer] for layer in placement.host_layers]
         on_disk = [names[layer] for layer in placement.disk_layers]
-        away = {*in_host, *on_disk}
+        away = {*in_host, *on_disk, *(vocabulary_keys(module) if placement.vocabulary_on_disk else ())}
         for extents in _resident(source, names, away):
             _put(module, source, extents, device)
             visit()
@@ -58,7 +61,11 @@ def _load(command: Execute, folder: Path, device: torch.device, visit: Callable[
         _refuse_unbound(module, away)
         host = {name: _read(source, source.layer(name)) for name in in_host}
         layers = [off_device(module, name, source.layer(name)) for name in names if name in away]
-        return module, LayerStream(layers, source, device, host)
+        tiles = head_tiles(module, source) if placement.vocabulary_on_disk else ()
+        stream = LayerStream(layers, source, device, host, tiles)
+        if placement.vocabulary_on_disk:
+            leave_on_disk(module, stream)
+        return module, stream
     except BaseException:
         source.close()
         raise
@@ -69,7 +76,8 @@ def _resident(source: ExtentFile, names: Sequence[str], away: Collection[str]) -
     yield (source.extents[""],)
     yield from (source.layer(name) for name in names if name not in away)
     in_layers = tuple(f"{name}." for name in names)
-    yield from (slices for owner, slices in source.slices.items() if not owner.startswith(in_layers))
+    beside = [owner for owner in source.slices if not owner.startswith(in_layers) and owner not in away]
+    yield from (source.slices[owner] for owner in beside)
 
 
 def _read(source: ExtentFile, extents: Sequence[Extent]) -> Tensor:
@@ -98,7 +106,8 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
 def _refuse_unbound(module: nn.Module, away: Collection[str]) -> None:
     """A weight that is nowhere would be computed with silently: on the CPU torch makes up a product with a meta tensor."""
     tensors: Iterable[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
-    unbound = [key for key, tensor in tensors if tensor.is_meta and not any(key.startswith(f"{name}.") for name in away)]
+    absent = tuple(f"{name}." for name in away)
+    unbound = [key for key, tensor in tensors if tensor.is_meta and not f"{key}.".startswith(absent)]
     if unbound:
         raise _ended(
             "load_failed", f"{len(unbound)} weights were not found in the extents, such as {unbound[0]}.", "MissingWeights"

@@ -110,6 +110,7 @@ class LayerStream:
         self._reader: threading.Thread | None = None
         self.layers_brought = 0
         self.tiles_brought = 0
+        self.rows_looked_up = 0
 
     def open(self) -> None:
         """Begin to read, and to serve the layers."""
