@@ -33,6 +33,7 @@ class ModelKey:
     host_layers: tuple[int, ...] = ()
     disk_layers: tuple[int, ...] = ()
     vocabulary_on_disk: bool = False
+    reads_export: bool = False
 
 
 @dataclass(slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from workers.runner.interruptions import AttemptEnded
 from workers.runner.memory import let_go_of_pages
 from workers.runner.model import LoadedModel, ModelKey, resident_cache
 from workers.runner.weights.checkpoint import load_checkpoint
-from workers.runner.weights.offload import load_offloaded
+from workers.runner.weights.offload import load_offloaded, reads_export
 
 
 def model_key(command: Execute) -> ModelKey:
@@ -31,6 +31,7 @@ def model_key(command: Execute) -> ModelKey:
         host_layers=placement.host_layers,
         disk_layers=placement.disk_layers,
         vocabulary_on_disk=placement.vocabulary_on_disk,
+        reads_export=reads_export(command),
     )
 
 

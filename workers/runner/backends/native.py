@@ -9,6 +9,7 @@ from ollm_service.core.wire import Execute
 from workers.runner.model import LoadedModel
 from workers.runner.passes.absent import AbsentPass
 from workers.runner.passes.disk_cache import DiskCache
+from workers.runner.passes.gds_export_weights import GdsExportWeights
 from workers.runner.passes.layer_offload import LayerOffload
 from workers.runner.passes.mlp_chunking import MlpChunking
 from workers.runner.passes.moe_routing import MoeRouting
@@ -21,6 +22,7 @@ PASSES: Mapping[PassId, Callable[[LoadedModel, Execute], SpecializationPass]] = 
         PassId.GPU_OFFLOAD: partial(LayerOffload, PassId.GPU_OFFLOAD),
         PassId.MLP_CHUNKING: MlpChunking,
         PassId.MOE_ROUTING: MoeRouting,
+        PassId.GDS_EXPORT_WEIGHTS: GdsExportWeights,
     }
 )
 

@@ -28,12 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workers.runner.interruptions import AttemptEnded
 from workers.runner.raw import bytes_of, memory_of, pages, write_all
 
 FORMAT, SCHEMA_VERSION = "ollm-extents", 2
 ALIGNMENT, TENSOR_ALIGNMENT = 4096, 64
 CHUNK_BYTES = 8 * 1024**2
-_DATA, _MANIFEST = "weights.extents", "manifest.jsonl"
+DATA = "weights.extents"
+_MANIFEST = "manifest.jsonl"
 
 
 class CorruptExtents(Exception):
@@ -133,7 +135,7 @@ class ExtentWriter:
         self.written, lines = _read_manifest(folder, origin)
         self._unsettled: list[Extent] = []
         self._end = max((extent.offset + extent.size for extent in self.written.values()), default=0)
-        self._data = os.open(folder / _DATA, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._data = os.open(folder / DATA, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._manifest = os.open(folder / _MANIFEST, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         os.ftruncate(self._data, self._end)
         self._note(*(lines or [origin.header()]))
@@ -206,11 +208,15 @@ class ExtentWriter:
 class ExtentFile:
     """The extents of one folder, for reading. It is closed with the last who uses it, or before that by `close`."""
 
-    def __init__(self, folder: Path, origin: Origin) -> None:
-        """Raises CorruptExtents where they are not all there, OSError where the file cannot be opened."""
-        self.extents, lines = _read_manifest(folder, origin)
-        if not lines or "extents" not in lines[-1]:
+    def __init__(self, folder: Path, origin: Origin, listed: Mapping[str, Extent] | None = None) -> None:
+        """`listed` are the extents where the folder has no manifest of this form.
+
+        Raises CorruptExtents where they are not all there, OSError where the file cannot be opened.
+        """
+        found, lines = _read_manifest(folder, origin)
+        if listed is None and (not lines or "extents" not in lines[-1]):
             raise CorruptExtents(f"{folder} holds no whole model")
+        self.extents = found if listed is None else dict(listed)
         self.slices: dict[str, tuple[Extent, ...]] = {}
         for extent in self.extents.values():
             if extent.first is not None:
@@ -218,7 +224,7 @@ class ExtentFile:
         self._folder = folder
         self._verified: set[str] = set()
         self._counting = threading.Lock()
-        path = folder / _DATA
+        path = folder / DATA
         if path.stat().st_size < max(extent.offset + extent.size for extent in self.extents.values()):
             raise CorruptExtents(f"{path} is too short")
         self._fd = _open_to_read(path)
@@ -291,6 +297,16 @@ class ExtentFile:
         """Delete the files of the folder; whoever has them open can go on reading. Raises OSError."""
         delete_extents(self._folder)
 
+    def refusal(self, error: CorruptExtents) -> Exception:
+        """What to raise when a piece has changed. These are our own: they are deleted, so that they are made again."""
+        self.delete()
+        return AttemptEnded(
+            stage="generating",
+            code="weights_corrupt",
+            message=f"Weights on disk have changed since they were written: {error}. They will be written again.",
+            error_type=type(error).__name__,
+        )
+
     def close(self) -> None:
         """Close the file."""
         self._finalize()
@@ -298,8 +314,13 @@ class ExtentFile:
 
 def delete_extents(folder: Path) -> None:
     """Delete the files that make up extents. Raises OSError."""
-    for name in (_MANIFEST, _DATA):
-        (folder / name).unlink(missing_ok=True)
+    delete_manifest(folder)
+    (folder / DATA).unlink(missing_ok=True)
+
+
+def delete_manifest(folder: Path) -> None:
+    """Delete what says where extents lie. Raises OSError."""
+    (folder / _MANIFEST).unlink(missing_ok=True)
 
 
 def _runs(rows: Sequence[int], row_bytes: int) -> list[tuple[int, int]]:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ollm_service.core.plan import BackendId, PassId
 from ollm_service.core.wire import Execute
 from workers.runner.interruptions import AttemptEnded, first_line
 from workers.runner.raw import pages
+from workers.runner.weights.export import open_export
 from workers.runner.weights.extents import CorruptExtents, Extent, ExtentFile, tensors_of
 from workers.runner.weights.parts import vocabulary_keys
 from workers.runner.weights.repack import NoRoomForExtents, forget_extents, open_extents, skeleton
@@ -21,21 +23,31 @@ from workers.runner.weights.streaming import LayerStream, layer_names, off_devic
 from workers.runner.weights.vocabulary import head_tiles, leave_on_disk
 
 
+def reads_export(command: Execute) -> bool:
+    """Whether the plan takes its weights from the raw export in the model's folder, which is where layers come from disk."""
+    plan, placement = command.runtime_plan, command.placement
+    is_planned = plan.backend_id == BackendId.OPTIMIZED_NATIVE and PassId.GDS_EXPORT_WEIGHTS in plan.specialization_pass_ids
+    return is_planned and bool(placement.host_layers or placement.disk_layers)
+
+
 def load_offloaded(command: Execute, device: torch.device, visit: Callable[[], None]) -> tuple[PreTrainedModel, LayerStream]:
     """The model, and what brings its other layers. `visit` is called while that gets on.
 
     Raises AttemptEnded without a folder for extents, without room for them, and where they are corrupt even when made anew;
-    OSError, and whatever transformers raises for a checkpoint that it cannot load.
+    PassFailed where an export is to be read and cannot be; OSError, and whatever transformers raises for a checkpoint that it
+    cannot load.
     """
+    if reads_export(command):
+        return _load_export(command, device, visit)
     if command.weights_dir is None:
         raise _ended("no_cache_folder", "Layers can be read from disk only where the worker has a cache folder.", "NoCacheFolder")
     folder = Path(command.weights_dir, command.profile.digest)
     try:
         try:
-            return _load(command, folder, device, visit)
+            return _load(command, _made(command, folder, visit), device, visit)
         except CorruptExtents:
             forget_extents(folder, visit)
-            return _load(command, folder, device, visit)
+            return _load(command, _made(command, folder, visit), device, visit)
     except CorruptExtents as error:
         raise _ended(
             "weights_corrupt", f"Weights that were written twice cannot be read back: {first_line(error)}", error
@@ -44,11 +56,25 @@ def load_offloaded(command: Execute, device: torch.device, visit: Callable[[], N
         raise _ended("disk_full", first_line(error), error) from error
 
 
-def _load(command: Execute, folder: Path, device: torch.device, visit: Callable[[], None]) -> tuple[PreTrainedModel, LayerStream]:
-    model_dir, placement = Path(command.model_dir), command.placement
-    source = open_extents(model_dir, folder, command.profile.digest, command.profile.weight_bytes, visit)
+def _load_export(command: Execute, device: torch.device, visit: Callable[[], None]) -> tuple[PreTrainedModel, LayerStream]:
+    source = open_export(Path(command.model_dir))
     try:
-        module = skeleton(model_dir)
+        return _load(command, source, device, visit)
+    except CorruptExtents as error:
+        raise source.refusal(error) from error
+
+
+def _made(command: Execute, folder: Path, visit: Callable[[], None]) -> ExtentFile:
+    return open_extents(Path(command.model_dir), folder, command.profile.digest, command.profile.weight_bytes, visit)
+
+
+def _load(
+    command: Execute, source: ExtentFile, device: torch.device, visit: Callable[[], None]
+) -> tuple[PreTrainedModel, LayerStream]:
+    placement = command.placement
+    try:
+        module = skeleton(Path(command.model_dir))
+        _refuse_misfits(module, source)
         names = layer_names(module)
         in_host = [names[layer] for layer in placement.host_layers]
         on_disk = [names[layer] for layer in placement.disk_layers]
@@ -69,6 +95,26 @@ def _load(command: Execute, folder: Path, device: torch.device, visit: Callable[
     except BaseException:
         source.close()
         raise
+
+
+def _refuse_misfits(module: PreTrainedModel, source: ExtentFile) -> None:
+    """Extents that lack a layer, or hold tensors of other shapes or dtypes than the model, are none of this model's."""
+    wanted = {"", *layer_names(module)}
+    if not wanted <= source.extents.keys():
+        raise CorruptExtents(f"there is no extent for `{min(wanted - source.extents.keys())}`")
+    held = {**dict(module.named_buffers()), **dict(module.named_parameters())}
+    rows: dict[str, int] = {}
+    for extent in source.extents.values():
+        for span in extent.spans:
+            tensor = held.get(span.name)
+            kept = slice(None) if extent.first is None else slice(1, None)
+            if tensor is None or str(tensor.dtype) != f"torch.{span.dtype}" or tuple(tensor.shape)[kept] != span.shape[kept]:
+                raise CorruptExtents(f"`{span.name}` is not as the model has it")
+            if extent.first is not None:
+                rows[span.name] = rows.get(span.name, 0) + span.shape[0]
+    for name, count in rows.items():
+        if held[name].shape[0] != count:
+            raise CorruptExtents(f"`{name}` has {count:,} of {held[name].shape[0]:,} rows")
 
 
 def _resident(source: ExtentFile, names: Sequence[str], away: Collection[str]) -> Iterator[Sequence[Extent]]:

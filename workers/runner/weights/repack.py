@@ -29,7 +29,7 @@ from workers.runner.weights.streaming import layer_names
 
 # Beside the extents there has to be room for what transformers joins, which it writes before it is read: at most the model again.
 ROOM_FACTOR = 2.05
-_LOCK, _SCRATCH = "writer.lock", "loading"
+_LOCK, SCRATCH = "writer.lock", "loading"
 _WAIT_SECONDS = 0.2
 
 
@@ -72,7 +72,7 @@ def forget_extents(folder: Path, visit: Callable[[], None]) -> None:
 
 
 def _repack(model_dir: Path, folder: Path, origin: Origin, weight_bytes: int, visit: Callable[[], None]) -> None:
-    writer, scratch = ExtentWriter(folder, origin), folder / _SCRATCH
+    writer, scratch = ExtentWriter(folder, origin), folder / SCRATCH
     try:
         shutil.rmtree(scratch, ignore_errors=True)  # of a writer that was killed; the lock is ours
         there = sum(extent.size for extent in writer.written.values())
@@ -80,14 +80,14 @@ def _repack(model_dir: Path, folder: Path, origin: Origin, weight_bytes: int, vi
         if needed > free:
             raise NoRoomForExtents(f"{needed:,} bytes are needed in {folder} to lay the weights out by layers, {free:,} are free")
         scratch.mkdir()
-        module, loader = _loaded_on_disk(model_dir, scratch)
+        module, loader = loaded_on_disk(model_dir, scratch)
         write_model(writer, module, loader, visit)
     finally:
         writer.close()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _loaded_on_disk(model_dir: Path, scratch: Path) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
+def loaded_on_disk(model_dir: Path, scratch: Path) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
     """The model with everything on disk, and its weights by the names of its modules, read when they are asked for."""
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what we ask for
     module = load_checkpoint(model_dir, device_map={"": "disk"}, offload_folder=str(scratch))

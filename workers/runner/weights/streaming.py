@@ -224,19 +224,10 @@ class LayerStream:
                 self._changed.notify_all()
 
     def ended(self, error: BaseException | None = None) -> Exception:
-        """What to raise when no more weights come: for what the reader met, or for what whoever asks has met.
-
-        Corrupt extents are deleted, so that they are made again.
-        """
+        """What to raise when no more weights come: for what the reader met, or for what whoever asks has met."""
         self._error = error or self._error
         if isinstance(self._error, CorruptExtents):
-            self.source.delete()
-            return AttemptEnded(
-                stage="generating",
-                code="weights_corrupt",
-                message=f"Weights on disk have changed since they were written: {self._error}. They will be written again.",
-                error_type=type(self._error).__name__,
-            )
+            return self.source.refusal(self._error)
         if isinstance(self._error, OSError):
             return AttemptEnded(
                 stage="generating",

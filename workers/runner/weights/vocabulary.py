@@ -67,7 +67,7 @@ class TiledHead(nn.Module):
         hidden_XH = hidden_XH.contiguous()
         count = sum(extent.spans[0].shape[0] for extent in self._slices)
         logits_XV = hidden_XH.new_empty((*hidden_XH.shape[:-1], count))
-        bias_V = self.inner.bias
+        bias_V = self.inner._parameters["bias"]
         for extent in self._slices:
             first = extent.first or 0
             last = first + extent.spans[0].shape[0]
