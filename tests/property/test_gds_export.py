@@ -10,9 +10,9 @@ from ollm_service.core.gds_export import EXPORT_FOLDER, EXPORT_FORMAT, EXPORT_VE
 SIZE = 3 * 4096
 SIZES = {f"{EXPORT_FOLDER}/weights.extents": SIZE}
 scalars = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=8)
-values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
-)
+names = st.text(max_size=5)
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(names, inner, max_size=4))
+FIELDS = ["path", "dtype", "shape", "offset", "crc32", "first"]
 
 
 def manifest() -> dict[str, Any]:
