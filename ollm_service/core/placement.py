@@ -353,7 +353,10 @@ def _no_offload_because(room: _Room, tier: Tier) -> str | None:
     lacking = request.capabilities.passes.get(pass_id, "not known to this worker")
     if lacking is not None:
         return f"{pass_id}: {lacking}"
-    return None if request.profile.layer_bytes else "the model's layers cannot be told apart"
+    if not request.profile.layer_bytes:
+        return "the model's layers cannot be told apart"
+    beyond = [layer for layer in request.config.exact_cpu_layers if layer >= len(request.profile.layer_bytes)]
+    return f"layer {beyond[0]} was asked for, and the model has {len(request.profile.layer_bytes)}, from 0" if beyond else None
 
 
 def _try_whole(room: _Room, tier: Tier, strategy: KVCacheStrategy) -> _Found | RefusedTier:
@@ -409,7 +412,7 @@ class _Counts:
     """
 
     counts: Sequence[int]
-    bands: Sequence[range]
+    bands: Sequence[Sequence[int]]
     device: Sequence[int]
     host: Sequence[int]
     from_disk: bool
@@ -424,9 +427,12 @@ class _Counts:
             counts = (min(config.offload_cpu_layers, total),)
         elif room.request.has_demanded_layers:
             counts, policy = (total - config.offload_gpu_layers,), "suffix"
-        bands = [offloaded_layers(total, count, policy) for count in counts]
+        exact = config.exact_cpu_layers
+        bands: Sequence[Sequence[int]] = [exact] if exact else [offloaded_layers(total, count, policy) for count in counts]
         sums = list(accumulate(profile.layer_bytes, initial=0))
-        left = [sums[band.stop] - sums[band.start] for band in bands]
+        left = [sums[band[-1] + 1] - sums[band[0]] for band in bands]
+        if len(bands) == 1:
+            left = [sum(profile.layer_bytes[layer] for layer in bands[0])]
         whole = _largest(profile.layer_bytes, bands)
         pieces = _largest(passing_layers(profile, is_routed=layout.is_routed), bands)
         experts = _largest(passing_experts(profile, is_routed=layout.is_routed), bands)
@@ -469,11 +475,11 @@ class _Counts:
         return replace(layout, host_layers=tuple(band[:kept]), disk_layers=tuple(band[kept:]))
 
 
-def _largest(sizes: Sequence[int], bands: Sequence[range]) -> list[int]:
+def _largest(sizes: Sequence[int], bands: Sequence[Sequence[int]]) -> list[int]:
     """The largest of the sizes in each band; of several bands each has those of the one before and one more at its ends."""
-    found = [max(sizes[bands[0].start : bands[0].stop])]
+    found = [max(sizes[layer] for layer in bands[0])]
     for band in bands[1:]:
-        found.append(max(found[-1], sizes[band.start], sizes[band.stop - 1]))
+        found.append(max(found[-1], sizes[band[0]], sizes[band[-1]]))
     return found
 
 

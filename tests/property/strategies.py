@@ -203,7 +203,7 @@ def runtime_configs(draw: st.DrawFn) -> RuntimeConfig:
                 "kv_cache_window_tokens": st.integers(1, 4096),
                 "dense_projection_chunk_rows": st.integers(1, 4096),
                 "offload_cpu_layers": st.integers(0, 8),
-                "offload_cpu_policy": st.sampled_from(CPU_OFFLOAD_POLICIES),
+                "offload_cpu_policy": st.sampled_from([*CPU_OFFLOAD_POLICIES, "exact:0", "exact:1-2,0"]),
                 "offload_gpu_layers": st.integers(0, 8),
             },
         )

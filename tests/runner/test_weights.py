@@ -65,6 +65,17 @@ def test_streamed_layers_keep_the_tokens(
     assert outcome.evidence.startswith(f"layers {named} from disk; brought {len(layers) * NEW_TOKENS} times, ")
 
 
+def test_layers_from_disk_need_not_lie_together(engine: Engine, families: Callable[[str], Path], tmp_path: Path) -> None:
+    """Named one by one they are brought in their order, and the evidence says which."""
+    model = families("gemma3")
+    messages = run(engine, command(model, tmp_path, (0, 2, 3)))
+    whole = results_of(run(engine, command(model, tmp_path, ())))
+    assert results_of(messages) == whole
+    outcome = first_outcomes(messages)[OFFLOAD]
+    assert isinstance(outcome, Applied)
+    assert outcome.evidence.startswith(f"layers 0, 2-3 from disk; brought {3 * NEW_TOKENS} times, ")
+
+
 def test_a_warm_model_streams_again_and_another_placement_loads_anew(families: Callable[[str], Path], tmp_path: Path) -> None:
     """The same layers: nothing is loaded again. Others, or none: the model is loaded for them. The answers stay."""
     model, engine = families("qwen3-moe"), Engine()

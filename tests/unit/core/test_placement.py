@@ -315,6 +315,27 @@ def test_layers_that_were_asked_for_leave_exactly(policy: str, indices: tuple[in
     assert isinstance(tight, Unplaceable)
 
 
+def test_layers_that_were_named_leave_exactly() -> None:
+    """They need not lie together; their weights leave the card, and of the largest of them two pass through."""
+    sizes = tuple((100 + number) * MIB for number in range(LAYERS))
+    model = deep(layer_bytes=sizes, weight_bytes=sum(sizes) + 200 * MIB)
+    found = offloaded(4 * GIB, model=model, options={"offload_cpu_policy": "exact:0,3,5-6"})
+    assert isinstance(found, Placement)
+    assert (found.tier, found.host_layers, found.layers_on_device) == (Tier.LAYERS_IN_HOST, (0, 3, 5, 6), 4)
+    gone = sum(sizes[layer] for layer in (0, 3, 5, 6))
+    assert found.estimate.weights == model.weight_bytes - gone + DEVICE_SLOTS * sizes[6]
+    least = found.estimate.device_bytes
+    assert isinstance(offloaded(least, model=model, options={"offload_cpu_policy": "exact:0,3,5-6"}), Placement)
+    assert isinstance(offloaded(least - 1, model=model, options={"offload_cpu_policy": "exact:0,3,5-6"}), Unplaceable)
+
+
+def test_a_layer_that_the_model_has_not_is_refused() -> None:
+    """The reason says how many there are."""
+    found = offloaded(4 * GIB, options={"offload_cpu_policy": "exact:7-8"})
+    assert isinstance(found, Unplaceable)
+    assert "layer 8 was asked for, and the model has 8, from 0" in found.reason
+
+
 def test_layers_that_were_pinned_to_the_card_stay_there() -> None:
     """gpu-offload fills the card from the first layer; the others are in host memory. Enough for all: all on the device."""
     model = deep(

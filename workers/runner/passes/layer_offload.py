@@ -86,5 +86,11 @@ class LayerOffload:
 
 
 def _ranges(layers: Sequence[int]) -> str:
-    """`3`, `1-5`: layers that leave the device lie together."""
-    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+    """`3`, `1-5`, `0, 3, 5-7`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
