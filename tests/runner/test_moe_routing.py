@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ollm_service.core.passes import Applied, Failed, NotNeeded
 from ollm_service.core.plan import PassId
@@ -12,11 +13,13 @@ from ollm_service.core.wire import AttemptFailed, Execute, Finished
 from tests.families import make
 from tests.runner.commands import answers, first_outcomes, make_command, only, results_of, run, work_row
 from tests.runner.models import plain_greedy
-from tests.runner.test_weights import flip_a_bit, weights_folder
+from tests.runner.test_weights import ORIGIN, flip_a_bit, nothing, weights_folder
 from workers.runner.backends import generic
 from workers.runner.engine import Engine
+from workers.runner.weights.extents import ExtentFile, ExtentWriter
 from workers.runner.weights.parts import experts_of
-from workers.runner.weights.routing import eager_code
+from workers.runner.weights.routing import ExpertReader, ExpertTraffic, RoutedExperts, _computed_tokens, eager_code
+from workers.runner.weights.streaming import LayerStream
 
 OFFLOAD, ROUTING = PassId.CPU_OFFLOAD, PassId.MOE_ROUTING
 PROMPTS = ["one two", "a somewhat longer prompt, so that rows are padded", "3"]
@@ -123,3 +126,40 @@ def test_stacked_experts_are_found(family: str) -> None:
     dense = 1 if family == "deepseek-v3" else 0
     assert [len(modules) for modules in found] == [0] * dense + [1] * (4 - dense)
     assert all(eager_code(inner) is not None for modules in found for inner in modules.values())
+
+
+def test_half_precision_computes_few_numbers_of_tokens() -> None:
+    """At most a third more tokens than there are, and at most four numbers for each power of two; up to four, just as many."""
+    numbers = [_computed_tokens(count) for count in range(1, 1025)]
+    assert all(count <= number <= count * 4 / 3 for count, number in enumerate(numbers, start=1))
+    assert numbers[:4] == [1, 2, 3, 4]
+    assert len(set(numbers)) <= 4 * 10
+    assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss"])
+def test_routed_experts_in_half_precision_make_the_same_numbers(tmp_path: Path, family: str) -> None:
+    """Tokens that were added for the sake of a compiled product are left out again: the sums are those of eager code."""
+    torch.manual_seed(0)
+    model = make(family, torch.bfloat16)
+    ((owner, inner),) = experts_of(model, "model.layers.0").items()
+    writer = ExtentWriter(tmp_path, ORIGIN)
+    for number in range(4):
+        parts = [(f"{owner}.{name}", kept[number : number + 1]) for name, kept in inner.named_parameters()]
+        writer.append(f"{owner}/{number}", parts, nothing, number)
+    writer.finish()
+    writer.close()
+    source = ExtentFile(tmp_path, ORIGIN)
+    stream = LayerStream([], source, torch.device("cpu"), {})
+    extents = source.slices[owner]
+    reader = ExpertReader(stream, max(extent.size for extent in extents))
+    hidden, weights = torch.randn(21, 16, dtype=torch.bfloat16), torch.rand(21, 2, dtype=torch.bfloat16)
+    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(21)])
+    with torch.inference_mode():
+        expected = eager_code(inner)(inner, hidden, chosen, weights)
+        traffic = ExpertTraffic()
+        found = RoutedExperts(inner, extents, reader.bring, torch.device("cpu"), traffic)(hidden, chosen, weights)
+    torch.testing.assert_close(found, expected)
+    assert (traffic.hit, traffic.there) == (4, 4)
+    reader.close()
+    source.close()
