@@ -31,7 +31,8 @@ masks        1 byte for each of B·P² (w without SDPA), for full and sliding la
              where no row is padded: a lone row, unless its prompt fills the window
 logits       B·V·(w + 1): of the last position, and whether each is a number. Rows that sample sort float32 copies:
              `SAMPLER_BYTES` more, in host memory. Where the head comes in tiles, B·w for each row of one
-workspace    `WORKSPACE_BYTES`; on the CPU, where there is no other memory, the tokenizer, too: V·`TOKENIZER_BYTES`
+workspace    `WORKSPACE_BYTES`; on the CPU, where there is no other memory, the tokenizer, too: V·`TOKENIZER_BYTES`; and
+             `COMPILED_BYTES` where experts come one by one in half precision, whose products are compiled by shape
 host         on accelerators: the tokenizer, what sampling sorts, layers kept there, and `HOST_SLOTS` times the largest of those
              that come from disk
 disk         B·T·F of the KV cache in files; of int8 a byte for each element and 4 for each head; of a ring B·min(T, window)·F
@@ -61,6 +62,7 @@ RUNTIME_BYTES: Mapping[str, int] = MappingProxyType({"cpu": 352 * MIB, "cuda": 5
 # Code and tables that are loaded with the first model, and the libraries' buffers; on CUDA those of cuBLAS.
 WORKSPACE_BYTES: Mapping[str, int] = MappingProxyType({"cpu": 32 * MIB, "cuda": 64 * MIB, "mps": 64 * MIB})
 TOKENIZER_BYTES = 640  # of an entry of the vocabulary, as byte pairs: its text, its merges, and tables both ways
+COMPILED_BYTES = 24 * MIB  # of oneDNN: products of some forty numbers of tokens
 SAMPLER_BYTES = 28  # of a logit: its float32 copy, the sorted ones, their order, and what top_p makes of them
 PAGE_TOKENS, MOST_TAIL_BYTES = 128, 8 * MIB  # the runner's own, from `workers/runner/kv`
 SCALE_BYTES = 4  # of the numbers that one head keeps of a token in int8
@@ -158,8 +160,7 @@ def estimate_memory(
         answer = tokens - prompt
     moment = max(_prompt(profile, layout, rows, prompt), _answer(profile, layout, rows, answer, prompt), key=lambda it: it.total)
     on_cpu = layout.device_kind == "cpu"
-    tokenizer = profile.vocabulary_size * TOKENIZER_BYTES
-    host = tokenizer + sum(profile.layer_bytes[layer] for layer in layout.host_layers) + _reading_bytes(profile, layout)
+    host = _tokenizer(profile) + sum(profile.layer_bytes[layer] for layer in layout.host_layers) + _reading_bytes(profile, layout)
     if layout.is_sampled:
         host += rows * profile.vocabulary_size * SAMPLER_BYTES
     return MemoryEstimate(
@@ -167,7 +168,7 @@ def estimate_memory(
         kv=moment.kv,
         activations=moment.activations,
         logits=moment.logits,
-        workspace=WORKSPACE_BYTES.get(layout.device_kind, 0) + tokenizer * on_cpu,
+        workspace=_workspace(profile, layout),
         disk=_on_disk(profile, layout, rows, tokens),
         masks=moment.masks,
         host=0 if on_cpu else host,
@@ -177,6 +178,19 @@ def estimate_memory(
 def weight_element_bytes(profile: ModelProfile) -> int:
     """Bytes of one number in the dtype that the model computes in."""
     return profile.element_bytes
+
+
+def _workspace(profile: ModelProfile, layout: Layout) -> int:
+    """What is there beside the model and its work."""
+    given = WORKSPACE_BYTES.get(layout.device_kind, 0)
+    if layout.device_kind != "cpu":
+        return given
+    is_compiled = layout.is_routed and profile.expert_count > 0 and profile.element_bytes < 4
+    return given + _tokenizer(profile) + COMPILED_BYTES * is_compiled
+
+
+def _tokenizer(profile: ModelProfile) -> int:
+    return profile.vocabulary_size * TOKENIZER_BYTES
 
 
 def _weights(profile: ModelProfile, layout: Layout) -> int:

@@ -1,6 +1,7 @@
 """Does a model answer the same whose embedding is looked up on disk, and whose head comes in tiles?"""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,26 @@ def test_nothing_of_the_vocabulary_is_in_memory(families: Callable[[str], Path],
         ends = [child for child in module.modules() if isinstance(child, RowsFromDisk | TiledHead)]
         assert len(ends) == 2
         assert all(end.inner.weight.is_meta for end in ends)
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_the_head_gets_plain_strides(families: Callable[[str], Path], tmp_path: Path, on_disk: bool) -> None:
+    """Also of a lone row: a slice's strides make torch copy the vocabulary matrix for a product in half precision."""
+    order = command(families("llama"), tmp_path, (0, 1), on_disk=on_disk)
+    order = order if on_disk else replace(order, placement=replace(order.placement, disk_layers=()))
+    loaded = generic.load(order, nothing)
+    head, seen = loaded.module.get_output_embeddings(), []  # type: ignore[no-untyped-call]  # transformers does not annotate it
+    head.register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[0].stride()))
+    if loaded.stream is not None:
+        loaded.stream.open()
+    try:
+        with torch.inference_mode():
+            loaded.module(input_ids=torch.tensor([[5, 6, 7]]), logits_to_keep=1)
+    finally:
+        if loaded.stream is not None:
+            loaded.stream.close()
+    width = loaded.module.config.hidden_size
+    assert seen == [(width, width, 1)]
 
 
 def test_a_damaged_embedding_is_made_again_when_it_is_loaded(families: Callable[[str], Path], tmp_path: Path) -> None:

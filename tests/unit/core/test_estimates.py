@@ -7,6 +7,7 @@ import pytest
 
 from ollm_service.core import estimates
 from ollm_service.core.estimates import (
+    COMPILED_BYTES,
     MOST_TAIL_BYTES,
     SAMPLER_BYTES,
     TOKENIZER_BYTES,
@@ -216,6 +217,16 @@ def test_experts_that_come_one_by_one_leave_their_layers() -> None:
     assert whole.weights - routed.weights == DEVICE_SLOTS * 320_000 - EXPERT_SLOTS * expert
     assert needs(layout=replace(streamed, is_routed=True), prompt=10) == needs(layout=streamed, prompt=10)
     assert needs(model, replace(CUDA, is_routed=True), prompt=10) == needs(model, CUDA, prompt=10)
+
+
+def test_experts_in_half_precision_are_compiled_for() -> None:
+    """On the CPU alone, and only where they come one by one."""
+    model = replace(MODEL, dtype="bfloat16", expert_count=8, layer_expert_bytes=(400_000,) * LAYERS)
+    routed = replace(GREEDY, disk_layers=(1,), is_routed=True)
+    given = needs(model, replace(routed, is_routed=False), prompt=10).workspace
+    assert needs(model, routed, prompt=10).workspace == given + COMPILED_BYTES
+    assert needs(replace(model, dtype="float32"), routed, prompt=10).workspace == given
+    assert needs(model, replace(routed, device_kind="cuda"), prompt=10).workspace == WORKSPACE_BYTES["cuda"]
 
 
 def test_a_vocabulary_on_disk_takes_a_tile_of_a_slot() -> None:

@@ -1,5 +1,6 @@
 """Is a placement the best tier that fits, and are refused ones explained in bytes?"""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -446,6 +447,10 @@ def test_experts_that_come_one_by_one_need_less_room() -> None:
     assert found.layers_on_disk == LAYERS
     assert found.estimate.device_bytes == routed
     assert isinstance(streamed(routed, model=model), Unplaceable)
+    half = replace(model, dtype="bfloat16")
+    least = streamed_bytes(half, 1, on_disk=False, is_routed=True)
+    assert isinstance(streamed(least, model=half, no_routing=None), Placement)
+    assert isinstance(streamed(least - 1, model=half, no_routing=None), Unplaceable)
 
 
 def test_no_more_rows_than_there_are() -> None:

@@ -64,7 +64,7 @@ class TiledHead(nn.Module):
 
     def forward(self, hidden_XH: Tensor) -> Tensor:
         """Logits [..., V]. Raises what reading raised."""
-        hidden_XH = hidden_XH.contiguous()
+        hidden_XH = hidden_XH.clone(memory_format=torch.contiguous_format)  # for strided ones torch copies the tile
         count = sum(extent.spans[0].shape[0] for extent in self._slices)
         logits_XV = hidden_XH.new_empty((*hidden_XH.shape[:-1], count))
         bias_V = self.inner._parameters["bias"]
