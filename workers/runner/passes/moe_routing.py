@@ -1,6 +1,6 @@
 """moe-routing: of layers that do not stay on the device only those experts are brought that a router has sent tokens to."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -76,7 +76,7 @@ class MoeRouting:
             "expert_bytes_all": float(self._traffic.bytes_there),
         }
 
-    def _source_of(self, place: RoutedPlace) -> Callable[[Sequence[Extent]], Iterator[Tensor]]:
+    def _source_of(self, place: RoutedPlace) -> Callable[[Sequence[Extent]], Generator[Tensor, None, None]]:
         """Where this layer's experts come from: its bytes in host memory, or the disk."""
         stream = self._model.stream
         assert stream is not None
@@ -86,6 +86,6 @@ class MoeRouting:
         return self._reader.bring
 
 
-def _in_host(held: Tensor, offset: int, extents: Sequence[Extent]) -> Iterator[Tensor]:
+def _in_host(held: Tensor, offset: int, extents: Sequence[Extent]) -> Generator[Tensor, None, None]:
     """Experts of a layer whose bytes are in host memory, as they lie in the file from `offset` on."""
     yield from (held[extent.offset - offset :] for extent in extents)

@@ -9,8 +9,9 @@ N tokens of a forward pass, M of them sent to one expert, K experts of a token, 
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,7 @@ class ExpertReader:
         self._slots = [pages(largest) for _ in range(EXPERT_SLOTS)]
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="experts")
 
-    def bring(self, extents: Sequence[Extent]) -> Iterator[Tensor]:
+    def bring(self, extents: Sequence[Extent]) -> Generator[Tensor, None, None]:
         """Each expert's bytes, in this order, good until the next is asked for. Raises what reading them raised."""
         waiting: deque[tuple[int, Future[Extent | None]]] = deque()
         free, later = deque(range(len(self._slots))), deque(extents)
@@ -88,7 +89,7 @@ class RoutedExperts(nn.Module):
         self,
         inner: nn.Module,
         extents: Sequence[Extent],
-        bring: Callable[[Sequence[Extent]], Iterator[Tensor]],
+        bring: Callable[[Sequence[Extent]], Generator[Tensor, None, None]],
         device: torch.device,
         traffic: ExpertTraffic,
     ) -> None:
@@ -109,11 +110,12 @@ class RoutedExperts(nn.Module):
         absent, count = dict(self.inner._parameters), self.inner.num_experts
         self.inner.num_experts = 1  # type: ignore[assignment]  # torch declares attributes to be tensors or modules
         try:
-            for number, extent, held in zip(hit, chosen, self._bring(chosen), strict=True):
-                self._hang(extent, held)
-                token_M, place_M = torch.where(experts_NK == number)
-                made_MH = self._made(hidden_NH[token_M], weights_NK[token_M, place_M, None])
-                output_NH.index_add_(0, token_M, made_MH)
+            with closing(self._bring(chosen)) as brought:  # so that whatever breaks off here waits for reads in flight
+                for number, extent, held in zip(hit, chosen, brought, strict=True):
+                    self._hang(extent, held)
+                    token_M, place_M = torch.where(experts_NK == number)
+                    made_MH = self._made(hidden_NH[token_M], weights_NK[token_M, place_M, None])
+                    output_NH.index_add_(0, token_M, made_MH)
         finally:
             self.inner.num_experts = count
             self.inner._parameters.update(absent)
