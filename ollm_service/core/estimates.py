@@ -8,7 +8,9 @@ answer. All sizes are in bytes and above what the runner's process takes before 
   F, S what a token leaves in layers of full and of sliding attention, K in the widest layer · W their window · R a row's state
 
 weights      all tensors as loaded. Of layers that are not kept on the device, `DEVICE_SLOTS` times the largest instead: one
-             computes while the next arrives
+             computes while the next arrives. With moe-routing they pass without their experts, and of those `EXPERT_SLOTS`
+             times the largest. Where the vocabulary stays on disk, neither the embedding nor the head, of which tiles of
+             `TILE_BYTES` pass through the slots of the layers
 kv, prompt   B·(P·(F + S) + R). Sliding layers, too, hold the whole prompt: until the next token transformers keeps a view of it
              (`DynamicSlidingWindowLayer.update`)
 kv, answer   B·(T·F + min(T, W)·S + R), and B·T·K / 2: a layer's keys are there twice while one token is added (`torch.cat`)
@@ -28,8 +30,9 @@ scores       models without SDPA in transformers compute A·B·P² scores of `_s
 masks        1 byte for each of B·P² (w without SDPA), for full and sliding layers apart, and w more while attention runs. None
              where no row is padded: a lone row, unless its prompt fills the window
 logits       B·V·(w + 1): of the last position, and whether each is a number. Rows that sample sort float32 copies:
-             `SAMPLER_BYTES` more, in host memory
-workspace    `WORKSPACE_BYTES`; on the CPU, where there is no other memory, the tokenizer, too: V·`TOKENIZER_BYTES`
+             `SAMPLER_BYTES` more, in host memory. Where the head comes in tiles, B·w for each row of one
+workspace    `WORKSPACE_BYTES`; on the CPU, where there is no other memory, the tokenizer, too: V·`TOKENIZER_BYTES`; and
+             `COMPILED_BYTES` where experts come one by one in half precision, whose products are compiled by shape
 host         on accelerators: the tokenizer, what sampling sorts, layers kept there, and `HOST_SLOTS` times the largest of those
              that come from disk
 disk         B·T·F of the KV cache in files; of int8 a byte for each element and 4 for each head; of a ring B·min(T, window)·F
@@ -44,18 +47,24 @@ from types import MappingProxyType
 
 from ollm_service.core.options import KVCacheStrategy
 from ollm_service.core.packing import EAGER_MODELS
+from ollm_service.core.passing import (
+    HOST_SLOTS,
+    MIB,
+    slots_bytes,
+    tile_bytes,
+    tile_rows,
+    vocabulary_bytes,
+)
 from ollm_service.core.plan import GenericModelKind
 from ollm_service.core.profile import ModelProfile
-from ollm_service.core.tensors import ELEMENT_BYTES
 
-MIB = 1024**2
 # What a runner takes before it has a model: of host memory for the libraries, of an accelerator's for its context.
 RUNTIME_BYTES: Mapping[str, int] = MappingProxyType({"cpu": 352 * MIB, "cuda": 512 * MIB, "mps": 0})
 # Code and tables that are loaded with the first model, and the libraries' buffers; on CUDA those of cuBLAS.
 WORKSPACE_BYTES: Mapping[str, int] = MappingProxyType({"cpu": 32 * MIB, "cuda": 64 * MIB, "mps": 64 * MIB})
 TOKENIZER_BYTES = 640  # of an entry of the vocabulary, as byte pairs: its text, its merges, and tables both ways
+COMPILED_BYTES = 24 * MIB  # of oneDNN: products of some forty numbers of tokens
 SAMPLER_BYTES = 28  # of a logit: its float32 copy, the sorted ones, their order, and what top_p makes of them
-DEVICE_SLOTS, HOST_SLOTS = 2, 3  # a layer computes while the next arrives; on the way from disk a third is being read
 PAGE_TOKENS, MOST_TAIL_BYTES = 128, 8 * MIB  # the runner's own, from `workers/runner/kv`
 SCALE_BYTES = 4  # of the numbers that one head keeps of a token in int8
 USUAL_WINDOW_TOKENS = 256
@@ -103,7 +112,8 @@ class Layout:
 
     `device_kind` is `cpu`, `cuda` or `mps`; the layers that `host_layers` and `disk_layers` name pass through the device.
     `window_tokens` bounds a KV cache in a ring. `mlp_rows` are the positions that the feed-forward network computes at a time,
-    None: all. `is_sampled`: some row may draw its tokens.
+    None: all. `is_sampled`: some row may draw its tokens. `is_routed`: layers pass without their experts. `vocabulary_on_disk`:
+    embedding and head do not stay, either; some layer has to come from disk then.
     """
 
     device_kind: str = "cpu"
@@ -113,6 +123,8 @@ class Layout:
     is_sampled: bool = True
     host_layers: tuple[int, ...] = ()
     disk_layers: tuple[int, ...] = ()
+    is_routed: bool = False
+    vocabulary_on_disk: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,18 +152,15 @@ def estimate_memory(
         answer = tokens - prompt
     moment = max(_prompt(profile, layout, rows, prompt), _answer(profile, layout, rows, answer, prompt), key=lambda it: it.total)
     on_cpu = layout.device_kind == "cpu"
-    tokenizer = profile.vocabulary_size * TOKENIZER_BYTES
-    aside = [profile.layer_bytes[layer] for layer in (*layout.host_layers, *layout.disk_layers)]
-    on_disk = [profile.layer_bytes[layer] for layer in layout.disk_layers]
-    host = tokenizer + sum(aside) - sum(on_disk) + HOST_SLOTS * max(on_disk, default=0)
+    host = _tokenizer(profile) + sum(profile.layer_bytes[layer] for layer in layout.host_layers) + _reading_bytes(profile, layout)
     if layout.is_sampled:
         host += rows * profile.vocabulary_size * SAMPLER_BYTES
     return MemoryEstimate(
-        weights=profile.weight_bytes - sum(aside) + DEVICE_SLOTS * max(aside, default=0),
+        weights=_weights(profile, layout),
         kv=moment.kv,
         activations=moment.activations,
         logits=moment.logits,
-        workspace=WORKSPACE_BYTES.get(layout.device_kind, 0) + tokenizer * on_cpu,
+        workspace=_workspace(profile, layout),
         disk=_on_disk(profile, layout, rows, tokens),
         masks=moment.masks,
         host=0 if on_cpu else host,
@@ -160,7 +169,36 @@ def estimate_memory(
 
 def weight_element_bytes(profile: ModelProfile) -> int:
     """Bytes of one number in the dtype that the model computes in."""
-    return ELEMENT_BYTES.get(profile.dtype or "", 4)
+    return profile.element_bytes
+
+
+def _workspace(profile: ModelProfile, layout: Layout) -> int:
+    """What is there beside the model and its work."""
+    given = WORKSPACE_BYTES.get(layout.device_kind, 0)
+    if layout.device_kind != "cpu":
+        return given
+    is_compiled = layout.is_routed and profile.expert_count > 0 and profile.element_bytes < 4
+    return given + _tokenizer(profile) + COMPILED_BYTES * is_compiled
+
+
+def _tokenizer(profile: ModelProfile) -> int:
+    return profile.vocabulary_size * TOKENIZER_BYTES
+
+
+def _weights(profile: ModelProfile, layout: Layout) -> int:
+    """What stays on the device, and the slots through which the rest passes."""
+    aside = (*layout.host_layers, *layout.disk_layers)
+    gone = sum(profile.layer_bytes[layer] for layer in aside) + vocabulary_bytes(profile) * layout.vocabulary_on_disk
+    slots = slots_bytes(profile, aside, is_routed=layout.is_routed, vocabulary_on_disk=layout.vocabulary_on_disk)
+    return profile.weight_bytes - gone + slots
+
+
+def _reading_bytes(profile: ModelProfile, layout: Layout) -> int:
+    """Host memory in which layers from disk arrive."""
+    if not layout.disk_layers:
+        return 0
+    tile = tile_bytes(profile) * layout.vocabulary_on_disk
+    return HOST_SLOTS * max(tile, *(profile.layer_bytes[layer] for layer in layout.disk_layers))
 
 
 def _prompt(profile: ModelProfile, layout: Layout, rows: int, prompt: int) -> _Moment:
@@ -261,7 +299,10 @@ def _answer(profile: ModelProfile, layout: Layout, rows: int, tokens: int, promp
     logit = element + 1
     if layout.is_sampled:
         logit += SAMPLER_BYTES if layout.device_kind == "cpu" else 4
-    return _Moment(kv=max(kv, 0), activations=activations, logits=rows * profile.vocabulary_size * logit)
+    logits = rows * profile.vocabulary_size * logit
+    if layout.vocabulary_on_disk:
+        logits += rows * min(profile.vocabulary_size, tile_rows(max(1, hidden * element))) * element
+    return _Moment(kv=max(kv, 0), activations=activations, logits=logits)
 
 
 def _widest(profile: ModelProfile) -> int:

@@ -33,6 +33,8 @@ class ModelKey:
     device_id: str
     host_layers: tuple[int, ...] = ()
     disk_layers: tuple[int, ...] = ()
+    vocabulary_on_disk: bool = False
+    reads_export: bool = False
 
 
 @dataclass(slots=True, kw_only=True)

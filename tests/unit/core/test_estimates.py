@@ -7,8 +7,7 @@ import pytest
 
 from ollm_service.core import estimates
 from ollm_service.core.estimates import (
-    DEVICE_SLOTS,
-    HOST_SLOTS,
+    COMPILED_BYTES,
     MOST_TAIL_BYTES,
     SAMPLER_BYTES,
     TOKENIZER_BYTES,
@@ -18,6 +17,7 @@ from ollm_service.core.estimates import (
     estimate_memory,
 )
 from ollm_service.core.options import KVCacheStrategy
+from ollm_service.core.passing import BLOCK_BYTES, DEVICE_SLOTS, EXPERT_SLOTS, HOST_SLOTS, tile_bytes, vocabulary_bytes
 from ollm_service.core.plan import GenericModelKind
 from ollm_service.core.profile import ModelProfile
 from tests.unit.core.samples import profile
@@ -205,6 +205,57 @@ def test_layers_that_pass_through_take_turns() -> None:
     assert streamed.weights == aside.weights
     assert streamed.host == tokenizer + (1 + HOST_SLOTS) * LAYER
     assert streamed.disk == 0  # weights stream from the model's own folder, not from the cache
+
+
+def test_experts_that_come_one_by_one_leave_their_layers() -> None:
+    """Two layers pass without their experts, four slots hold one expert with its padding; told of none, layers pass whole."""
+    model = replace(MODEL, expert_count=8, experts_per_token=2, layer_expert_bytes=(0, 400_000, 320_000, 400_000))
+    streamed = replace(CUDA, disk_layers=(1, 2))
+    whole = needs(model, streamed, prompt=10)
+    routed = needs(model, replace(streamed, is_routed=True), prompt=10)
+    expert = 50_000 + 2 * BLOCK_BYTES
+    assert whole.weights - routed.weights == DEVICE_SLOTS * 320_000 - EXPERT_SLOTS * expert
+    assert needs(layout=replace(streamed, is_routed=True), prompt=10) == needs(layout=streamed, prompt=10)
+    assert needs(model, replace(CUDA, is_routed=True), prompt=10) == needs(model, CUDA, prompt=10)
+
+
+def test_experts_in_half_precision_are_compiled_for() -> None:
+    """On the CPU alone, and only where they come one by one."""
+    model = replace(MODEL, dtype="bfloat16", expert_count=8, layer_expert_bytes=(400_000,) * LAYERS)
+    routed = replace(GREEDY, disk_layers=(1,), is_routed=True)
+    given = needs(model, replace(routed, is_routed=False), prompt=10).workspace
+    assert needs(model, routed, prompt=10).workspace == given + COMPILED_BYTES
+    assert needs(replace(model, dtype="float32"), routed, prompt=10).workspace == given
+    assert needs(model, replace(routed, device_kind="cuda"), prompt=10).workspace == WORKSPACE_BYTES["cuda"]
+
+
+def test_a_vocabulary_on_disk_takes_a_tile_of_a_slot() -> None:
+    """Embedding and head are gone; their tile passes through the slots of the layers, and its logits are there twice."""
+    streamed = replace(CUDA, disk_layers=(1, 2))
+    kept, gone = (needs(layout=replace(streamed, vocabulary_on_disk=on_disk), prompt=1) for on_disk in (False, True))
+    assert tile_bytes(MODEL) == 258_048  # all 1,000 rows, in whole blocks
+    assert kept.weights - gone.weights == 512_000
+    assert gone.logits - kept.logits == WORDS * 4
+    small = replace(MODEL, layer_bytes=(1000,) * LAYERS, weight_bytes=LAYERS * 1000 + 512_000)
+    slots = needs(small, replace(streamed, vocabulary_on_disk=True), prompt=1).weights - 2 * 1000
+    assert slots == DEVICE_SLOTS * tile_bytes(MODEL)
+
+
+@pytest.mark.parametrize(
+    ("facts", "gone"),
+    [
+        ({}, 512_000),
+        ({"head_bytes": 0}, 256_000),
+        ({"embedding_bytes": 300_000}, 512_000),
+        ({"embedding_bytes": 255_999}, 0),
+        ({"head_bytes": 255_999}, 0),
+        ({"vocabulary_size": 0}, 0),
+        ({"weight_bytes": LAYERS * LAYER + 500_000}, 0),
+    ],
+)
+def test_only_whole_vocabulary_matrices_leave(facts: dict[str, int], gone: int) -> None:
+    """A tied pair is one; tables of positions stay; what is no matrix of vocabulary and width cannot be told from the rest."""
+    assert vocabulary_bytes(replace(MODEL, **facts)) == gone  # type: ignore[arg-type]
 
 
 def test_without_a_known_prompt_all_may_be_prompt() -> None:
