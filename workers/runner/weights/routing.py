@@ -48,7 +48,7 @@ class ExpertReader:
 
     def __init__(self, stream: LayerStream, largest: int) -> None:
         self._stream = stream
-        self._slots = [pages(largest) for _ in range(EXPERT_SLOTS)]
+        self._slots = [pages(largest, stream.device) for _ in range(EXPERT_SLOTS)]
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="experts")
 
     def bring(self, extents: Sequence[Extent]) -> Generator[Tensor, None, None]:
