@@ -145,7 +145,7 @@ def fused(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, p
             for start, end, last in zip(starts, ends, seen, strict=True)
         ]
         return torch.cat(pieces, dim=1)
-    mask_LT = visible(torch.arange(position, position + length), first, tokens, window).to(query_ALD.device)
+    mask_LT = visible(torch.arange(position, position + length, device=query_ALD.device), first, tokens, window)
     return _masked(query_ALD, keys_HTD, values_HTE, mask_LT, rule.scale)
 
 
@@ -163,13 +163,16 @@ def _masked(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, mask_LT: Te
 
 
 def visible(positions_L: Tensor, first: int, tokens: int, window: int | None) -> Tensor:
-    """Which of the keys at positions `first`, `first` + 1, … each query sees: [L, T]."""
-    back_LT = positions_L.unsqueeze(-1) - torch.arange(first, first + tokens)
+    """Which of the keys at positions `first`, `first` + 1, … each query sees: [L, T], made where the positions are."""
+    back_LT = positions_L.unsqueeze(-1) - torch.arange(first, first + tokens, device=positions_L.device)
     return back_LT >= 0 if window is None else (back_LT >= 0) & (back_LT < window)
 
 
 def scored(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, positions_L: Tensor, first: int) -> Part:
-    """The queries' part from these keys, at most `MOST_CELLS` scores at a time."""
+    """The queries' part from these keys, at most `MOST_CELLS` scores at a time.
+
+    `positions_L` are on the CPU, so that no device has to be waited for to see whether a mask is needed.
+    """
     heads, length, _ = query_ALD.shape
     rows = max(1, MOST_CELLS // (heads * keys_HTD.shape[1]))
     pieces = [
@@ -195,7 +198,7 @@ def _scored_piece(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule:
     is_ahead = first + tokens - 1 > int(positions_L.min())
     is_behind = rule.window is not None and int(positions_L.max()) - first >= rule.window
     if is_ahead or is_behind:
-        mask_LT = visible(positions_L, first, tokens, rule.window).to(scores_HRT.device)
+        mask_LT = visible(positions_L.to(scores_HRT.device, non_blocking=True), first, tokens, rule.window)
         scores_HRT.view(heads, length, tokens).masked_fill_(~mask_LT, -torch.inf)
     weight_HR = scores_HRT.logsumexp(dim=-1)
     # A query that sees none of the keys has no average of them; its weight of zero leaves it out.
