@@ -41,8 +41,9 @@ class ModelKey:
 class LoadedModel:
     """A model of ours, with what is needed to run it. Passes change `module` and `open_cache`, and undo that again.
 
-    `context_limit` is in tokens, prompt and answer together; None where the model sets none. `open_cache` gives the KV
-    cache of rows that run in packs. `stream` brings the layers that are not kept on the device, if there are such.
+    `context_limit` is in tokens, prompt and answer together; None where the model sets none. `open_cache` gives the KV cache of
+    rows that run in packs. `stream` brings the layers that are not kept on the device, if there are such. `draft` guesses
+    tokens.
     """
 
     key: ModelKey
@@ -54,6 +55,7 @@ class LoadedModel:
     pad_token: int
     open_cache: CacheSource
     stream: LayerStream | None = None
+    draft: PreTrainedModel | None = None
     _accepted: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
