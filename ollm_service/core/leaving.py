@@ -7,15 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from ollm_service.core.capabilities import Capabilities
 from ollm_service.core.estimates import Layout
 from ollm_service.core.options import RuntimeConfig
 from ollm_service.core.passing import HOST_SLOTS, passing_experts, passing_layers, slots_of, tile_bytes
+from ollm_service.core.plan import PassId, RuntimePlan
 from ollm_service.core.profile import ModelProfile
 
 
 def has_demanded_layers(profile: ModelProfile, config: RuntimeConfig) -> bool:
     """Whether layers leave the device because the user said how many, or which."""
     return config.offload_cpu_layers > 0 or 0 < config.offload_gpu_layers < profile.layer_count
+
+
+def is_routed(plan: RuntimePlan, capabilities: Capabilities) -> bool:
+    """Whether layers that leave the device do so without their experts: the plan and the worker have moe-routing."""
+    is_planned = PassId.MOE_ROUTING in plan.specialization_pass_ids
+    return is_planned and capabilities.passes.get(PassId.MOE_ROUTING, "not known to this worker") is None
 
 
 def offloaded_layers(total: int, count: int, policy: str) -> range:

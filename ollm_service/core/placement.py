@@ -31,7 +31,7 @@ from enum import StrEnum
 from ollm_service.core.capabilities import Capabilities, Device, LiveState
 from ollm_service.core.estimates import RUNTIME_BYTES, USUAL_WINDOW_TOKENS, Layout, MemoryEstimate, estimate_memory
 from ollm_service.core.kv_selector import KVChoice, select_kv_strategy
-from ollm_service.core.leaving import LeavingLayers, has_demanded_layers
+from ollm_service.core.leaving import LeavingLayers, has_demanded_layers, is_routed
 from ollm_service.core.matching import able_devices
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
 from ollm_service.core.passing import vocabulary_bytes
@@ -190,14 +190,8 @@ class _Request:
             window_tokens=self.config.kv_cache_window_tokens or USUAL_WINDOW_TOKENS,
             mlp_rows=mlp_rows,
             is_sampled=self.rows.are_sampled,
-            is_routed=self._is_routed,
+            is_routed=is_routed(self.plan, self.capabilities),
         )
-
-    @property
-    def _is_routed(self) -> bool:
-        """Whether layers that leave the device do so without their experts."""
-        is_planned = PassId.MOE_ROUTING in self.plan.specialization_pass_ids
-        return is_planned and self.capabilities.passes.get(PassId.MOE_ROUTING, "not known to this worker") is None
 
 
 @dataclass(frozen=True, slots=True)
