@@ -193,7 +193,8 @@ def _cuda_dtypes(compute_capability: tuple[int, int]) -> tuple[str, ...]:
 def _pass_reason(pass_id: PassId, no_cache_because: str | None) -> str | None:
     if pass_id in (PassId.DISK_CACHE, PassId.CPU_OFFLOAD, PassId.GPU_OFFLOAD, PassId.MOE_ROUTING):
         return no_cache_because
-    return None if pass_id in (PassId.MLP_CHUNKING, PassId.GDS_EXPORT_WEIGHTS) else NOT_IN_THIS_ENGINE
+    has_it = pass_id in (PassId.MLP_CHUNKING, PassId.GDS_EXPORT_WEIGHTS, PassId.ATTENTION_REPLACEMENT)
+    return None if has_it else NOT_IN_THIS_ENGINE
 
 
 def _kind_reason(kind: str) -> str | None:

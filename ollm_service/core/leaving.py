@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from ollm_service.core.capabilities import Capabilities
-from ollm_service.core.estimates import Layout
+from ollm_service.core.layout import Layout
 from ollm_service.core.options import RuntimeConfig
 from ollm_service.core.passing import HOST_SLOTS, passing_experts, passing_layers, slots_of, tile_bytes
 from ollm_service.core.plan import PassId, RuntimePlan

@@ -29,18 +29,20 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from ollm_service.core.capabilities import Capabilities, Device, LiveState
-from ollm_service.core.estimates import RUNTIME_BYTES, USUAL_WINDOW_TOKENS, Layout, MemoryEstimate, estimate_memory
+from ollm_service.core.estimates import RUNTIME_BYTES, MemoryEstimate, estimate_memory
 from ollm_service.core.kv_selector import KVChoice, select_kv_strategy
+from ollm_service.core.layout import USUAL_WINDOW_TOKENS, Layout
 from ollm_service.core.leaving import LeavingLayers, has_demanded_layers, is_routed
 from ollm_service.core.matching import able_devices
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
+from ollm_service.core.packing import runs_in_packs
 from ollm_service.core.passing import vocabulary_bytes
 from ollm_service.core.plan import PassId, RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements
 
 USABLE_FRACTION = 0.9
-MOST_ROWS = 64
+MOST_ROWS = 256
 MLP_CHUNK_ROWS = 16_384  # what mlp-chunking computes at a time unless told otherwise
 
 
@@ -191,6 +193,7 @@ class _Request:
             mlp_rows=mlp_rows,
             is_sampled=self.rows.are_sampled,
             is_routed=is_routed(self.plan, self.capabilities),
+            is_packed=runs_in_packs(self.profile.model_type, self.plan.backend_id),
         )
 
 

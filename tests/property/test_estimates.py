@@ -6,7 +6,8 @@ from typing import Any
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ollm_service.core.estimates import Layout, MemoryEstimate, estimate_memory
+from ollm_service.core.estimates import MemoryEstimate, estimate_memory
+from ollm_service.core.layout import Layout
 from ollm_service.core.options import KVCacheStrategy
 from ollm_service.core.passing import DEVICE_SLOTS
 from ollm_service.core.plan import GenericModelKind
@@ -36,6 +37,7 @@ layouts = st.builds(
     window_tokens=st.integers(1, 4096),
     mlp_rows=st.none() | st.integers(1, 2**15),
     is_sampled=st.booleans(),
+    is_packed=st.booleans(),
     is_routed=st.booleans(),
     vocabulary_on_disk=st.booleans(),
 )

@@ -33,7 +33,7 @@ def test_a_worker_says_what_it_can(probe: Probe, tmp_path: Path) -> None:
     assert (offered.node, offered.slots, offered.labels) == ("here", 2, {"zone": "a"})
     able = {pass_id for pass_id, reason in offered.passes.items() if reason is None}
     offload = {PassId.CPU_OFFLOAD, PassId.GPU_OFFLOAD, PassId.MOE_ROUTING, PassId.GDS_EXPORT_WEIGHTS}
-    assert able == {PassId.DISK_CACHE, PassId.MLP_CHUNKING, *offload}
+    assert able == {PassId.DISK_CACHE, PassId.MLP_CHUNKING, PassId.ATTENTION_REPLACEMENT, *offload}
     assert offered.passes.keys() == set(PassId)
     assert offered.backends == {backend.value: None for backend in BackendId}
     strategies = {name for name, reason in offered.kv_strategies.items() if reason is None}

@@ -11,16 +11,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from workers.runner.kv.cache import PackCache, layers_of
 from workers.runner.weights.streaming import LayerStream, layer_names
 
 
 class CacheSource(Protocol):
-    """Gives the KV cache of one micro-batch for as long as that runs."""
+    """Gives the KV cache of one attempt's rows, for as long as they run."""
 
-    def __call__(self, *, rows: int, tokens: int) -> AbstractContextManager[Cache]:
-        """For so many rows, of which none has more tokens than that at its end, padding included."""
+    def __call__(self, *, rows: int, tokens: int) -> AbstractContextManager[PackCache]:
+        """For so many rows at a time, of which none has more tokens than that at its end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +41,8 @@ class ModelKey:
 class LoadedModel:
     """A model of ours, with what is needed to run it. Passes change `module` and `open_cache`, and undo that again.
 
-    `context_limit` is in tokens, prompt and answer together; None where the model sets none. `open_cache` gives the KV cache of
-    one micro-batch for as long as that runs. `stream` brings the layers that are not kept on the device, if there are such.
+    `context_limit` is in tokens, prompt and answer together; None where the model sets none. `open_cache` gives the KV
+    cache of rows that run in packs. `stream` brings the layers that are not kept on the device, if there are such.
     """
 
     key: ModelKey
@@ -80,8 +81,12 @@ def resident_cache(module: PreTrainedModel) -> CacheSource:
     """A KV cache that stays on the device."""
 
     @contextmanager
-    def opened(*, rows: int, tokens: int) -> Iterator[Cache]:  # noqa: ARG001 - it grows as it is filled
-        yield DynamicCache(config=module.config)
+    def opened(*, rows: int, tokens: int) -> Iterator[PackCache]:  # noqa: ARG001 - each row brings its own room
+        cache = PackCache(layers_of(module))
+        try:
+            yield cache
+        finally:
+            cache.close()
 
     return opened
 

@@ -8,18 +8,19 @@ import pytest
 from ollm_service.core import estimates
 from ollm_service.core.estimates import (
     COMPILED_BYTES,
-    MOST_TAIL_BYTES,
-    SAMPLER_BYTES,
     TOKENIZER_BYTES,
     WORKSPACE_BYTES,
-    Layout,
     MemoryEstimate,
     estimate_memory,
 )
+from ollm_service.core.layout import MOST_TAIL_BYTES, Layout
 from ollm_service.core.options import KVCacheStrategy
+from ollm_service.core.pack_memory import kv_file_bytes
+from ollm_service.core.packing import BLOCK_TOKENS, MOST_CELLS, MOST_PACK_TOKENS, MOST_TRIED_IN_PASS, MOST_TRIED_TOKENS
 from ollm_service.core.passing import BLOCK_BYTES, DEVICE_SLOTS, EXPERT_SLOTS, HOST_SLOTS, tile_bytes, vocabulary_bytes
 from ollm_service.core.plan import GenericModelKind
 from ollm_service.core.profile import ModelProfile
+from ollm_service.core.working_memory import SAMPLER_BYTES
 from tests.unit.core.samples import profile
 
 LAYERS, HIDDEN, MIDDLE, WORDS, HEADS, HEAD = 4, 64, 256, 1000, 4, 16
@@ -41,7 +42,6 @@ MODEL = profile(
     widest_kv_bytes_per_token=KV,
 )
 GREEDY = Layout(is_sampled=False)
-PAGED = replace(GREEDY, kv=KVCacheStrategy.PAGED)
 CUDA = replace(GREEDY, device_kind="cuda")
 
 
@@ -160,38 +160,98 @@ def test_a_padded_batch_needs_a_mask_and_a_lone_row_none() -> None:
     assert (needs(sliding, prompt=99).masks, needs(sliding, prompt=100).masks) == (0, 100 * 100)
 
 
-def test_kv_in_files_leaves_one_layer_in_memory() -> None:
-    """What lies in files counts on the disk; in memory one layer's history, a page on its way, and the tails of all layers."""
+# --- rows that share packs
+
+
+PACKED = replace(GREEDY, is_packed=True)
+PAGED = replace(PACKED, kv=KVCacheStrategy.PAGED)
+SCORES = 8  # bytes of one, in float32
+
+
+def test_a_small_pack_is_computed_in_one_piece() -> None:
+    """3 rows of 100 tokens: all their KV, what one layer makes of the pack, and scores of a beginning that they may share."""
+    pack = 3 * 100
+    found = needs(layout=PACKED, rows=3, prompt=100)
+    scores = HEADS * pack * 100 * SCORES
+    assert found.kv == 3 * 101 * LAYERS * KV
+    assert found.activations == pack * (4 * HIDDEN + 3 * MIDDLE) * 4 + pack * 2 * HEAD * 4 + scores
+    assert (found.masks, found.logits) == (0, 0)
+
+
+def test_a_long_pack_is_computed_in_blocks() -> None:
+    """Of 4,000 tokens a layer works on a block; embeddings, input and output are as long as the pack."""
+    found = needs(layout=PACKED, rows=4, prompt=1000)
+    scores = HEADS * BLOCK_TOKENS * 1000 * SCORES
+    assert scores < MOST_CELLS * SCORES
+    work = BLOCK_TOKENS * (4 * HIDDEN + 3 * MIDDLE) * 4
+    assert found.activations == 4000 * (3 * HIDDEN + 2 * HEAD) * 4 + work + scores
+    many = needs(layout=PACKED, rows=64, prompt=1000).activations
+    assert many - scores - work == MOST_PACK_TOKENS * (3 * HIDDEN + 2 * HEAD) * 4
+
+
+def test_a_prompt_of_several_blocks_needs_a_mask() -> None:
+    """A block sees what came before it: at most so many cells at a time, and keys repeated for all heads."""
+    assert needs(layout=PACKED, prompt=BLOCK_TOKENS).masks == 0
+    assert needs(layout=PACKED, prompt=2000).masks == BLOCK_TOKENS * 2000 * 5 + 2 * 2000 * QUERIES * 4
+    assert needs(layout=PACKED, prompt=50_000).masks == MOST_CELLS * 5 + 2 * 50_000 * QUERIES * 4
+
+
+def test_tokens_that_are_tried_have_logits() -> None:
+    """A lone row may have 16 places in a pass, many rows hardly more than themselves."""
+    large = replace(MODEL, vocabulary_size=1_000_000)
+    assert needs(large, PACKED, prompt=1).logits == (1 + MOST_TRIED_TOKENS) * 1_000_000 * 4
+    assert needs(large, PACKED, rows=30, prompt=1).logits == MOST_TRIED_IN_PASS * 1_000_000 * 4
+    assert needs(large, PACKED, rows=100, prompt=1).logits == 100 * 1_000_000 * 4
+
+
+def test_sliding_layers_of_a_pack_keep_twice_their_window() -> None:
+    """Before the window moves to the front; while a prompt is computed also a block."""
+    sliding = replace(MODEL, kv_bytes_per_token=0, sliding_kv_bytes_per_token=LAYERS * KV, sliding_window=64)
+    assert needs(sliding, PACKED, rows=2, prompt=10, answer=4000).kv == 2 * 128 * LAYERS * KV
+    assert needs(sliding, PACKED, rows=2, prompt=5000).kv == 2 * (64 + BLOCK_TOKENS) * LAYERS * KV
+
+
+def test_kv_in_files_leaves_one_history_in_memory() -> None:
+    """Of one row and one layer, with a page on its way, and the tails of all rows and layers."""
     found = needs(layout=PAGED, rows=2, prompt=1, answer=999)
-    assert found.disk == 2 * 1000 * LAYERS * KV
-    assert found.kv == 2 * (1000 + 128) * KV + LAYERS * min(2 * 128 * KV, MOST_TAIL_BYTES)
+    tails = 2 * (128 + MOST_TRIED_TOKENS + 1) * LAYERS * KV
+    assert found.kv == (1000 + 128 + 128) * KV + tails
+    assert found.disk == 2 * (1000 + 128) * LAYERS * KV
     wide = replace(MODEL, kv_bytes_per_token=LAYERS * KV * 1024, widest_kv_bytes_per_token=KV * 1024)
+    page = MOST_TAIL_BYTES // (4 * KV * 1024)
     kept = needs(wide, PAGED, rows=4, prompt=1, answer=999).kv
-    assert kept == 4 * (1000 + 128) * KV * 1024 + LAYERS * MOST_TAIL_BYTES
+    assert kept == (1000 + 128 + page) * KV * 1024 + 4 * (page + MOST_TRIED_TOKENS + 1) * LAYERS * KV * 1024
 
 
-def test_a_prompt_that_goes_to_files_is_there_for_one_layer() -> None:
-    """The layers before it are written; what slides stays in memory."""
-    sliding = replace(MODEL, kv_bytes_per_token=KV, sliding_kv_bytes_per_token=3 * KV, sliding_window=2000)
-    assert needs(layout=PAGED, rows=8, prompt=1000).kv == 8 * (1000 + 128) * KV
-    assert needs(sliding, PAGED, rows=8, prompt=1000).kv == 8 * (4 * 1000 + 128) * KV
+def test_a_prompt_of_several_blocks_is_in_memory_for_one_layer() -> None:
+    """Twice, as where one prompt ends in a block in which another begins."""
+    found = needs(layout=PAGED, rows=2, prompt=3000)
+    assert found.kv == (2 * 3000 + 128) * KV + 2 * (128 + MOST_TRIED_TOKENS + 1) * LAYERS * KV
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
 def test_quantized_files_take_a_byte_an_element(dtype: str, width: int) -> None:
     """int8 takes a byte for each element, and a float32 scale for what each head keeps of a token."""
     model = replace(MODEL, dtype=dtype)
-    quantized = replace(GREEDY, kv=KVCacheStrategy.QUANTIZED_COLD_TIER)
+    quantized = replace(PACKED, kv=KVCacheStrategy.QUANTIZED_COLD_TIER)
     elements = LAYERS * KV // width
-    assert needs(model, quantized, rows=3, prompt=129, answer=1).disk == 3 * 130 * (elements + 4 * elements // HEAD)
+    assert needs(model, quantized, rows=3, prompt=129, answer=1).disk == 3 * (130 + 128) * (elements + 4 * elements // HEAD)
 
 
 def test_a_ring_bounds_memory_and_disk() -> None:
-    """A ring keeps a window of tokens, however long the row: in memory three times one layer's."""
-    ring = replace(GREEDY, kv=KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER, window_tokens=64)
+    """A ring keeps a window of tokens and the pages at its ends, however long the row."""
+    ring = replace(PACKED, kv=KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER, window_tokens=64)
     long, longer = needs(layout=ring, rows=2, prompt=1, answer=4000), needs(layout=ring, rows=2, prompt=1, answer=8000)
-    assert long.disk == longer.disk == 2 * 64 * LAYERS * KV
-    assert long.kv == longer.kv == 2 * 64 * 3 * KV
+    assert long.disk == longer.disk == 2 * (64 + 2 * 128) * LAYERS * KV
+    assert long.kv == longer.kv
+
+
+def test_a_cache_in_memory_has_no_files() -> None:
+    """Nor is anything known to be taken by a model of which nothing is known."""
+    assert kv_file_bytes(MODEL, KVCacheStrategy.RESIDENT, rows=8, tokens=1000, window_tokens=64) == 0
+
+
+# --- weights
 
 
 def test_layers_that_pass_through_take_turns() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from ollm_service.core.capabilities import Capabilities, LiveState
-from ollm_service.core.estimates import RUNTIME_BYTES, Layout, estimate_memory
+from ollm_service.core.estimates import RUNTIME_BYTES, estimate_memory
+from ollm_service.core.layout import Layout
 from ollm_service.core.leaving import offloaded_layers
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
 from ollm_service.core.passing import DEVICE_SLOTS, EXPERT_SLOTS, HOST_SLOTS, passing_experts
@@ -56,7 +57,7 @@ def placed(
 
 def needed(model: ModelProfile, strategy: KVCacheStrategy, *, rows: int, tokens: int) -> int:
     """The bytes that have to be free on a processor before a runner is started, without margin."""
-    layout = Layout(kv=strategy, mlp_rows=16_384)
+    layout = Layout(kv=strategy, mlp_rows=16_384, is_packed=True)
     return estimate_memory(model, layout, rows=rows, tokens=tokens).device_bytes + RUNTIME_BYTES["cpu"]
 
 
@@ -75,7 +76,7 @@ def test_an_undemanding_plan_gets_the_preferred_tier_and_a_full_batch() -> None:
     assert found.kv_details["strategy_selector_rule_id"] == "balanced-paged-default"
 
 
-@pytest.mark.parametrize("limit", [1, 2, 5, 63, 64, 1000])
+@pytest.mark.parametrize("limit", [1, 2, 5, 255, 256, 1000])
 def test_what_crashes_have_taught_is_kept_to(limit: int) -> None:
     """The micro-batch never exceeds the limit, nor the most that is ever run."""
     found = placed(limit=limit)
@@ -86,7 +87,7 @@ def test_what_crashes_have_taught_is_kept_to(limit: int) -> None:
 def test_the_batch_shrinks_to_what_is_free() -> None:
     """As many rows as fit into nine tenths of the free memory, less what the runner takes, are run at a time."""
     config = RuntimeConfig(kv_cache_strategy="resident")
-    for rows in (63, 32, 5, 1):
+    for rows in (255, 32, 5, 1):
         free = just_enough(needed(profile(), RESIDENT, rows=rows, tokens=2048))
         found = placed(config, tokens=2048, free=live({"cpu": free}))
         assert isinstance(found, Placement)
@@ -389,6 +390,7 @@ def streamed_bytes(model: ModelProfile, rows: int, *, on_disk: bool, is_routed: 
         disk_layers=tuple(range(LAYERS)),
         vocabulary_on_disk=on_disk,
         is_routed=is_routed,
+        is_packed=True,
     )
     return estimate_memory(model, layout, rows=rows, tokens=100).device_bytes
 

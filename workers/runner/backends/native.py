@@ -8,6 +8,7 @@ from ollm_service.core.plan import BackendId, PassId
 from ollm_service.core.wire import Execute
 from workers.runner.model import LoadedModel
 from workers.runner.passes.absent import AbsentPass
+from workers.runner.passes.attention_replacement import AttentionReplacement
 from workers.runner.passes.disk_cache import DiskCache
 from workers.runner.passes.gds_export_weights import GdsExportWeights
 from workers.runner.passes.layer_offload import LayerOffload
@@ -21,6 +22,7 @@ PASSES: Mapping[PassId, Callable[[LoadedModel, Execute], SpecializationPass]] = 
         PassId.CPU_OFFLOAD: partial(LayerOffload, PassId.CPU_OFFLOAD),
         PassId.GPU_OFFLOAD: partial(LayerOffload, PassId.GPU_OFFLOAD),
         PassId.MLP_CHUNKING: MlpChunking,
+        PassId.ATTENTION_REPLACEMENT: AttentionReplacement,
         PassId.MOE_ROUTING: MoeRouting,
         PassId.GDS_EXPORT_WEIGHTS: GdsExportWeights,
     }

@@ -13,11 +13,7 @@ from ollm_service.core.requirements import demanded_passes
 from ollm_service.core.wire import Execute
 
 _NOT_HAD = "this runner does not have the pass"
-_INSTEAD: Mapping[PassId, str] = MappingProxyType(
-    {
-        PassId.ATTENTION_REPLACEMENT: f"{_NOT_HAD}; transformers' own attention serves",
-    }
-)
+_INSTEAD: Mapping[PassId, str] = MappingProxyType({})
 
 
 class AbsentPass:
