@@ -121,7 +121,8 @@ class Run:
     """What the speed of a model on a device depends on besides both.
 
     `rows` run together, each of `prompt_tokens` and half-way through its answer of `tokens`. Of the layers `host_bytes` come from
-    host memory in every pass, and `disk_bytes` from disk.
+    host memory in every pass, and `disk_bytes` from disk; `routed_bytes` of those are experts, which come if a token is sent to
+    them.
     """
 
     rows: int
@@ -131,6 +132,7 @@ class Run:
     is_sampled: bool = False
     host_bytes: int = 0
     disk_bytes: int = 0
+    routed_bytes: int = 0
 
 
 def probed_rate(profile: ModelProfile, device: Device, run: Run, *, disk_rate: float | None) -> Rate | None:
@@ -164,8 +166,9 @@ def probed_rate(profile: ModelProfile, device: Device, run: Run, *, disk_rate: f
         + rows * profile.vocabulary_size * SORT_SECONDS * run.is_sampled
         + PASS_SECONDS
     )
-    brought_seconds = max(run.host_bytes / LINK_RATE, run.disk_bytes * disk_seconds)
-    prompt_seconds = max(prompt_seconds, brought_seconds / (rows * max(1, run.prompt_tokens)))
+    whole_seconds = max(run.host_bytes / LINK_RATE, run.disk_bytes * disk_seconds)
+    prompt_seconds = max(prompt_seconds, whole_seconds / (rows * max(1, run.prompt_tokens)))  # prompts meet all experts
+    brought_seconds = max(run.host_bytes / LINK_RATE, (run.disk_bytes - run.routed_bytes * (1 - met)) * disk_seconds)
     return Rate(
         prefill=1 / prompt_seconds if prompt_seconds else float("inf"),
         pass_seconds=max(pass_seconds, brought_seconds),

@@ -7,8 +7,10 @@ from functools import cached_property
 
 from ollm_service.core.capabilities import Capabilities, Device, LiveState
 from ollm_service.core.dealing import Pile
+from ollm_service.core.leaving import is_routed
 from ollm_service.core.matching import NoMatch, match
 from ollm_service.core.options import RuntimeConfig
+from ollm_service.core.passing import passing_layers
 from ollm_service.core.placement import Placement, RowBounds, Unplaceable, place
 from ollm_service.core.plan import RuntimePlan
 from ollm_service.core.profile import ModelProfile
@@ -246,7 +248,7 @@ def _worker_quote(work: Work, candidate: Candidate, attempts: Sequence[MeasuredA
         placement=placed,
         device=device,
         free_bytes=candidate.live.device_free_bytes.get(device.device_id, 0),
-        rate=rate or probed_rate(job.profile, device, disk_rate=disk_rate, run=_run(work, placed)),
+        rate=rate or probed_rate(job.profile, device, disk_rate=disk_rate, run=_run(work, placed, capabilities)),
         left_out_rows=0 if longest is None else work.row_count - bisect_right(work.lengths, longest),
         longest_row_tokens=longest,
     )
@@ -266,12 +268,13 @@ def _bounds(work: Work) -> RowBounds:
     )
 
 
-def _run(work: Work, placed: Placement) -> Run:
+def _run(work: Work, placed: Placement, capabilities: Capabilities) -> Run:
     """What a rate depends on, for a mean row half-way through its answer."""
     rows = max(1, work.row_count)
     prompt, output = work.prompt_tokens / rows, work.output_tokens / rows * work.share(None)
     profile = work.job.profile
     sizes, head = profile.layer_bytes, profile.head_bytes or profile.embedding_bytes
+    pieces = passing_layers(profile, is_routed=is_routed(work.job.plan, capabilities))
     return Run(
         rows=min(placed.micro_batch, work.job.rows_per_plan, rows),
         prompt_tokens=round(prompt),
@@ -280,6 +283,7 @@ def _run(work: Work, placed: Placement) -> Run:
         is_sampled=work.is_sampled,
         host_bytes=sum(sizes[layer] for layer in placed.host_layers),
         disk_bytes=sum(sizes[layer] for layer in placed.disk_layers) + head * placed.vocabulary_on_disk,
+        routed_bytes=sum(sizes[layer] - pieces[layer] for layer in placed.disk_layers),
     )
 
 

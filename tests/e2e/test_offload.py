@@ -11,8 +11,11 @@ from ollm_service.store.database import upgrade
 from scripts.deepen_demo_model import deepen
 from tests.e2e.fleet import REPOSITORY, Fleet, counts
 from tests.e2e.scripted_jobs import answers
+from tests.runner.models import plain_greedy, save_model
+from workers.runner.weights.export import export_model
 
-MODEL = "sum-deep"
+MODEL, EXPERTS = "sum-deep", "gpt-oss-deep"
+PROMPTS = ["one two", "a somewhat longer prompt, so that rows are padded", "3"]
 LIMIT_GB = 0.55  # 12 layers of 12 MiB do not fit beside what a runner takes
 QUESTIONS: list[dict[str, Any]] = [
     json.loads(line) for line in (REPOSITORY / "demo" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:24]
@@ -25,6 +28,16 @@ def small_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """A worker with a real runner that may take less memory than the model has."""
     directory = tmp_path_factory.mktemp("small")
     deepen(directory / "models" / MODEL, width=8192)
+    wide = save_model(
+        directory / "models" / EXPERTS,
+        "gpt-oss",
+        hidden_size=512,
+        intermediate_size=512,
+        num_local_experts=16,
+        num_hidden_layers=6,
+        initializer_range=0.05,
+    )
+    export_model(wide)
     database_url = f"sqlite:///{directory / 'ollm.db'}"
     upgrade(database_url)
     with Fleet(
@@ -60,4 +73,24 @@ def test_layers_that_do_not_fit_come_from_disk(small_machine: Fleet) -> None:
         "KV cache in files": "memory",
         "all on device": "memory",
     }
+    assert measured["peak_host_bytes"] < LIMIT_GB * 1024**3
+
+
+def test_experts_that_do_not_fit_come_from_an_export_when_they_are_hit(small_machine: Fleet) -> None:
+    """300 MiB of experts in an export: the tokens of transformers, and each pass shows the bytes that it was about."""
+    rows = [{"custom_id": str(index), "prompt": prompt} for index, prompt in enumerate(PROMPTS)]
+    job = small_machine.calls.submit(EXPERTS, rows, generation={"max_new_tokens": 8})
+    ended = small_machine.calls.wait_final(job["id"], timeout=120)
+    assert counts(ended) == (len(PROMPTS), 0, 0), ended
+    found = answers(small_machine.calls.results(job["id"]))
+    model = small_machine.directory / "models" / EXPERTS
+    assert found == {str(index): plain_greedy(model, prompt, 8) for index, prompt in enumerate(PROMPTS)}
+    plan = ended["plans"][0]
+    details = plan["runtime_plan"]["details"]
+    assert plan["runtime_plan"]["specialization_state"] == "applied", plan["runtime_plan"]["fallback_reason"]
+    assert "from disk; brought" in details["pass_cpu_offload"]
+    assert "experts hit; " in details["pass_moe_routing"]
+    assert "bytes read from gds_export" in details["pass_gds_export_weights"]
+    measured = small_machine.calls.get(f"/v1/plans/{plan['id']}").json()["attempts"][-1]["measured"]
+    assert measured["expert_bytes_read"] <= 1.1 * measured["expert_bytes_routed_ideal"] < measured["expert_bytes_all"]
     assert measured["peak_host_bytes"] < LIMIT_GB * 1024**3

@@ -134,6 +134,14 @@ def test_layers_that_are_not_kept_bound_a_pass() -> None:
     assert offloaded.pass_seconds == pytest.approx(20e9 / LINK_RATE)
 
 
+def test_experts_from_disk_come_if_a_row_meets_them() -> None:
+    """A pass of one row brings 2 of 8 experts, a prompt brings all of them."""
+    mixture = replace(MODEL, expert_bytes=160_000_000, expert_count=8, experts_per_token=2)
+    found = probed(mixture, prompt_tokens=10, disk_rate=1e8, disk_bytes=320_000_000, routed_bytes=160_000_000)
+    assert found.pass_seconds == pytest.approx((160e6 + 160e6 * 2 / 8) / 1e8)
+    assert found.prefill == pytest.approx(10 / 3.2)
+
+
 def test_a_model_whose_layers_are_not_known_counts_all_but_its_embeddings() -> None:
     """The same weights, told apart or not, have the same rate."""
     assert probed(replace(MODEL, layer_bytes=())) == probed()
