@@ -31,12 +31,16 @@ _FEW_QUERIES = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """How scores are made, besides by products: their scale, how far back a token sees, a cap, and a sink for each head [A]."""
+    """How scores are made, besides by products: their scale, how far back a token sees, a cap, and a sink for each head [A].
+
+    At most `most_cells` of them, or of the cells of a mask, are there at a time.
+    """
 
     scale: float | None
     window: int | None = None
     cap: float | None = None
     sinks_A: Tensor | None = None
+    most_cells: int = MOST_CELLS
 
     @property
     def is_plain(self) -> bool:
@@ -68,7 +72,7 @@ def attend_in_pack(  # noqa: PLR0913 - transformers' signature
     """Attention of a block: queries [1, A, N, D] to averages of values [1, N, A, E]. Registered with transformers as `NAME`."""
     assert pack_cache is not None, "a model that is attached to packs was run without one"
     pack_cache.attention_calls += 1
-    rule = Rule(scale=scaling, window=sliding_window, cap=softcap, sinks_A=s_aux)
+    rule = Rule(scale=scaling, window=sliding_window, cap=softcap, sinks_A=s_aux, most_cells=pack_cache.most_cells)
     layer, segments = pack_cache.history_layer(_number_of(module)), pack_cache.block.segments
     query_AND = query[0]
     heads, tokens, _ = query_AND.shape
@@ -135,7 +139,7 @@ def fused(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, p
             scale=rule.scale,
             enable_gqa=groups > 1,
         )[0]
-    rows = max(1, MOST_CELLS // tokens)
+    rows = max(1, rule.most_cells // tokens)
     if length > rows:
         ends = [min(start + rows, length) for start in range(0, length, rows)]
         starts = [0, *ends[:-1]]
@@ -169,9 +173,9 @@ def visible(positions_L: Tensor, first: int, tokens: int, window: int | None) ->
 
 
 def scored(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, positions_L: Tensor, first: int) -> Part:
-    """The queries' part from these keys, at most `MOST_CELLS` scores at a time."""
+    """The queries' part from these keys."""
     heads, length, _ = query_ALD.shape
-    rows = max(1, MOST_CELLS // (heads * keys_HTD.shape[1]))
+    rows = max(1, rule.most_cells // (heads * keys_HTD.shape[1]))
     pieces = [
         _scored_piece(query_ALD[:, start : start + rows], keys_HTD, values_HTE, rule, positions_L[start : start + rows], first)
         for start in range(0, length, rows)
