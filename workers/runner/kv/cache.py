@@ -22,8 +22,8 @@ FullLayers = Callable[[int, int], HistoryLayer]
 class PackCache(Cache):
     """Keys and values of the sequences that run. `block` is what is being computed, set before each layer's forward.
 
-    `keeps_all`: every token that was given is kept, so that beginnings can be shared and tokens tried in advance. Attention computes
-    at most `most_cells` scores at a time.
+    `keeps_all`: every token that was given is kept, so that beginnings can be shared and tokens tried in advance. Attention
+    computes at most `most_cells` scores at a time.
     """
 
     def __init__(
