@@ -167,7 +167,7 @@ class Attempt:
             self._decline(placed.reason)
             return False
         self._placement = placed
-        longest = min(max(lengths, default=1), profile.max_context_tokens or max(lengths, default=1))
+        longest = min(max(lengths, default=1), profile.most_row_tokens or max(lengths, default=1))
         is_partial = placed.longest_row_tokens is not None and placed.longest_row_tokens < longest
         self._too_long = Unplaceable(refused=placed.refused) if is_partial else None
         self._slot.reserve(placed.device_id, placed.process_bytes)

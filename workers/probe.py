@@ -197,7 +197,7 @@ def _pass_reason(pass_id: PassId, no_cache_because: str | None) -> str | None:
 
 
 def _kind_reason(kind: str) -> str | None:
-    return None if kind == GenericModelKind.CAUSAL_LM else NOT_IN_THIS_ENGINE
+    return None if kind in (GenericModelKind.CAUSAL_LM, GenericModelKind.SEQ2SEQ_LM) else NOT_IN_THIS_ENGINE
 
 
 def _strategy_reason(strategy: KVCacheStrategy, no_cache_because: str | None) -> str | None:

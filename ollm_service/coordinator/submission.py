@@ -132,7 +132,7 @@ def retry(service: Service, job_id: str, tenant_id: str, idempotency_key: str | 
 def chunks(rows: Sequence[NewRow], generation: GenerationConfig, drafted: Draft) -> Iterator[tuple[int, ...]]:
     """The numbers of the rows of each plan record, as `core.splitting` says; a row that is wrong by itself needs nothing."""
     profile = drafted.planned.profile
-    context = profile.max_context_tokens if profile else None
+    context = profile.most_row_tokens if profile else None
     bounds = [0 if row.error else most_tokens(row.request, generation.max_new_tokens) for row in rows]
     needs = bounds if context is None else [min(bound, context) for bound in bounds]
     for positions in split(needs, rows_per_plan=ROWS_PER_PLAN):

@@ -83,6 +83,12 @@ class ModelProfile:
         """The weights that are neither decoder layers nor embeddings nor head: towers, encoders, norms."""
         return self.weight_bytes - sum(self.layer_bytes) - self.embedding_bytes - self.head_bytes
 
+    @property
+    def most_row_tokens(self) -> int | None:
+        """The most tokens that a row can have with its answer: an encoder's source has a context beside the answer's own."""
+        both = 2 if self.kind is GenericModelKind.SEQ2SEQ_LM else 1
+        return None if self.max_context_tokens is None else both * self.max_context_tokens
+
     def kv_bytes(self, tokens: int, source_tokens: int = 0) -> int:
         """What a row of so many tokens keeps between two forward passes; `source_tokens` are those that an encoder read."""
         in_window = tokens if self.sliding_window is None else min(tokens, self.sliding_window)

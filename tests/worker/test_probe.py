@@ -33,6 +33,7 @@ def test_a_worker_says_what_it_can(probe: Probe, tmp_path: Path) -> None:
     assert (offered.node, offered.slots, offered.labels) == ("here", 2, {"zone": "a"})
     able = {pass_id for pass_id, reason in offered.passes.items() if reason is None}
     assert able == {PassId.DISK_CACHE, PassId.CPU_OFFLOAD, PassId.GPU_OFFLOAD, PassId.MLP_CHUNKING}
+    assert {kind for kind, reason in offered.kinds.items() if reason is None} == {"causal-lm", "seq2seq-lm"}
     assert offered.passes.keys() == set(PassId)
     assert offered.backends == {backend.value: None for backend in BackendId}
     strategies = {name for name, reason in offered.kv_strategies.items() if reason is None}

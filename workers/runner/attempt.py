@@ -18,8 +18,8 @@ from ollm_service.core.wire import (
     SpecializationFailed,
 )
 from workers.runner.batching import MicroBatches
-from workers.runner.decoding import generate
 from workers.runner.interruptions import AttemptEnded, PassFailed
+from workers.runner.loops import generate
 from workers.runner.measurements import Measurements
 from workers.runner.memory import is_out_of_memory
 from workers.runner.model import LoadedModel, at_each_layer
@@ -98,7 +98,7 @@ class Attempt:
         refused: list[RowResult] = []
         for row in self.command.rows:
             self.pulse()
-            match encode_row(row, model.tokenizer, model.context_limit):
+            match encode_row(row, model.tokenizer, model.context_limit, is_source=model.has_encoder):
                 case EncodedRow() as encoded:
                     if longest is None or len(encoded.tokens) + encoded.max_new_tokens <= longest:
                         runnable.append(encoded)

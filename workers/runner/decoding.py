@@ -32,7 +32,7 @@ def generate(model: LoadedModel, rows: Sequence[EncodedRow], pulse: Pulse, measu
             pulse()
             began = time.monotonic()
             logits_BV = model.next_logits(tokens_BL, mask_BT, positions_BL, cache)
-            _accept(running, logits_BV, choose_tokens(logits_BV, choice, [answer.generator for answer in running]))
+            accept(running, logits_BV, choose_tokens(logits_BV, choice, [answer.generator for answer in running]))
             # The tokens were read, so that the device is done.
             measurements.count_pass(tokens_BL.shape, time.monotonic() - began)
             kept = [index for index, answer in enumerate(running) if not answer.is_complete]
@@ -61,7 +61,8 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_token: int, device: torch.
     return tokens_BP.to(device), mask_BP.to(device)
 
 
-def _accept(answers: Sequence[Answer], logits_BV: Tensor, tokens: Sequence[int]) -> None:
+def accept(answers: Sequence[Answer], logits_BV: Tensor, tokens: Sequence[int]) -> None:
+    """Give each answer its next token; one whose logits are not numbers fails."""
     is_nan_B = logits_BV.isnan().any(dim=-1).tolist()
     for answer, token, is_nan in zip(answers, tokens, is_nan_B, strict=True):
         if is_nan:

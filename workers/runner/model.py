@@ -69,6 +69,11 @@ class LoadedModel:
         """Whether weights that it needs could not be read."""
         return self.stream is not None and self.stream.is_broken
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether an encoder reads the prompt, so that the answer alone has the decoder's positions."""
+        return bool(getattr(self.module.config, "is_encoder_decoder", False))
+
     def layers(self) -> list[nn.Module]:
         """The decoder layers."""
         return [self.module.get_submodule(name) for name in layer_names(self.module)]

@@ -33,11 +33,20 @@ class RowRefused(Exception):
         self.error = RowError(code=code, message=message)
 
 
-def encode_row(row: WorkRow, tokenizer: PreTrainedTokenizerBase, context_limit: int | None) -> EncodedRow | RowResult:
-    """The row's tokens, or its error result. `context_limit` is in tokens, prompt and answer together."""
+def encode_row(
+    row: WorkRow, tokenizer: PreTrainedTokenizerBase, context_limit: int | None, *, is_source: bool = False
+) -> EncodedRow | RowResult:
+    """The row's tokens, or its error result.
+
+    `context_limit` is in tokens, prompt and answer together; a prompt that is a source has as much for itself as its answer has.
+    """
     try:
         tokens = _tokens(row, tokenizer)
-        room = None if context_limit is None else context_limit - len(tokens)
+        if is_source and context_limit is not None and len(tokens) > context_limit:
+            raise RowRefused(
+                "context_length_exceeded", f"The prompt has {len(tokens):,} tokens; the model reads {context_limit:,} at most."
+            )
+        room = None if context_limit is None else context_limit - (0 if is_source else len(tokens))
         if room is not None and room < 1:
             raise RowRefused(
                 "context_length_exceeded",

@@ -12,13 +12,15 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ollm_service.core.plan import GenericModelKind
+from ollm_service.core.plan import GenericModelKind, NativeFamily
 from ollm_service.core.wire import Execute
 from workers.runner.interruptions import AttemptEnded
 from workers.runner.memory import let_go_of_pages
 from workers.runner.model import LoadedModel, ModelKey, resident_cache
 from workers.runner.weights.checkpoint import load_checkpoint
 from workers.runner.weights.offload import load_offloaded
+
+_KINDS = (GenericModelKind.CAUSAL_LM, GenericModelKind.SEQ2SEQ_LM)
 
 
 def model_key(command: Execute) -> ModelKey:
@@ -39,14 +41,7 @@ def load(command: Execute, visit: Callable[[], None]) -> LoadedModel:
     Raises AttemptEnded for a kind that it does not run, and for what `load_checkpoint` and `load_offloaded` do.
     """
     kind = command.runtime_plan.generic_model_kind
-    if kind is not GenericModelKind.CAUSAL_LM:
-        raise AttemptEnded(
-            stage="loading",
-            code="kind_not_supported",
-            message=f"This runner answers with models of kind `{GenericModelKind.CAUSAL_LM}` only, not `{kind}`.",
-            error_type="UnsupportedKind",
-            is_permanent=True,
-        )
+    _refuse_other_kinds(command)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers does not annotate it
     folder, device = Path(command.model_dir), torch.device(command.placement.device_id)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -54,7 +49,7 @@ def load(command: Execute, visit: Callable[[], None]) -> LoadedModel:
     if key.host_layers or key.disk_layers:
         module, stream = load_offloaded(command, device, visit)
     else:
-        module = _load_whole(folder, device)
+        module = _load_whole(folder, kind, device)
     _keep_the_head_small(module)
     end_tokens = _end_tokens(module, tokenizer)
     return LoadedModel(
@@ -70,14 +65,27 @@ def load(command: Execute, visit: Callable[[], None]) -> LoadedModel:
     )
 
 
-def _load_whole(folder: Path, device: torch.device) -> PreTrainedModel:
+def _load_whole(folder: Path, kind: GenericModelKind | None, device: torch.device) -> PreTrainedModel:
     """All of the model on the device."""
-    module = load_checkpoint(folder)
+    module = load_checkpoint(folder, kind)
     nn.Module.to(module, device)
     storages = [tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers()) if tensor.device.type == "cpu"]
     let_go_of_pages(tuple(folder.glob("*.safetensors")), [(storage.data_ptr(), storage.nbytes()) for storage in storages])
     module.train(mode=False).requires_grad_(requires_grad=False)
     return module
+
+
+def _refuse_other_kinds(command: Execute) -> None:
+    kind = command.runtime_plan.generic_model_kind
+    if kind in _KINDS or command.profile.family is NativeFamily.VOXTRAL:
+        return
+    raise AttemptEnded(
+        stage="loading",
+        code="kind_not_supported",
+        message=f"This runner answers with models of kind {' or '.join(_KINDS)}, not `{kind}`.",
+        error_type="UnsupportedKind",
+        is_permanent=True,
+    )
 
 
 def _keep_the_head_small(module: PreTrainedModel) -> None:

@@ -1,20 +1,40 @@
 """How does transformers load a checkpoint for us? Safetensors only, no remote code, nothing fetched, no weight made up."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 from transformers.utils.quantization_config import Mxfp4Config
 
+from ollm_service.core.plan import GenericModelKind
 from workers.runner.interruptions import AttemptEnded
 
+# None: the models of a family that are of no generic kind.
+AUTO_CLASSES: Mapping[GenericModelKind | None, Any] = MappingProxyType(
+    {
+        GenericModelKind.CAUSAL_LM: AutoModelForCausalLM,
+        GenericModelKind.SEQ2SEQ_LM: AutoModelForSeq2SeqLM,
+        GenericModelKind.IMAGE_TEXT_TO_TEXT: AutoModelForImageTextToText,
+        None: AutoModelForMultimodalLM,
+    }
+)
 
-def load_checkpoint(folder: Path, **where: Any) -> PreTrainedModel:
-    """The model in the checkpoint's own dtype; `where` says on which device, as transformers names it.
+
+def load_checkpoint(folder: Path, kind: GenericModelKind | None, **where: Any) -> PreTrainedModel:
+    """The model by its kind's plain Auto class, in the checkpoint's own dtype; `where` says where, as transformers names it.
 
     Raises AttemptEnded where a weight is missing: transformers would fill it with random numbers.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AUTO_CLASSES[kind].from_pretrained(
         folder,
         dtype="auto",
         trust_remote_code=False,

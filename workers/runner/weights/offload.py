@@ -7,13 +7,14 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ollm_service.core.wire import Execute
 from workers.runner.interruptions import AttemptEnded, first_line
 from workers.runner.raw import pages
-from workers.runner.weights.extents import CorruptExtents, ExtentFile
+from workers.runner.weights.extents import CorruptExtents, ExtentFile, Origin
 from workers.runner.weights.repack import NoRoomForExtents, forget_extents, open_extents, skeleton
 from workers.runner.weights.streaming import LayerStream, layer_names, off_device, on_device, place_of
 
@@ -42,10 +43,11 @@ def load_offloaded(command: Execute, device: torch.device, visit: Callable[[], N
 
 
 def _load(command: Execute, folder: Path, device: torch.device, visit: Callable[[], None]) -> tuple[PreTrainedModel, LayerStream]:
-    model_dir, placement = Path(command.model_dir), command.placement
-    source = open_extents(model_dir, folder, command.profile.digest, command.profile.weight_bytes, visit)
+    model_dir, placement, kind = Path(command.model_dir), command.placement, command.runtime_plan.generic_model_kind
+    origin = Origin(digest=command.profile.digest, transformers=transformers.__version__)
+    source = open_extents(model_dir, folder, origin, kind, command.profile.weight_bytes, visit)
     try:
-        module = skeleton(model_dir)
+        module = skeleton(model_dir, kind)
         names = layer_names(module)
         in_host = [names[layer] for layer in placement.host_layers]
         on_disk = [names[layer] for layer in placement.disk_layers]
