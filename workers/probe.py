@@ -23,6 +23,7 @@ from workers.nvml import Gpu, Nvml, NvmlUnavailable, visible
 CPU_DTYPES = ("float64", "float32", "bfloat16", "float16")
 NOT_IN_THIS_ENGINE = "not in this version of the engine; it takes a worker with a later one"
 RUNNER_LIBRARIES = ("torch", "transformers", "safetensors")
+ADAPTER_LIBRARY = "peft"
 # What a model may be of: the generic kinds, and a family whose models are of none.
 KINDS = (*(kind.value for kind in GenericModelKind), NativeFamily.VOXTRAL.value)
 GPU_SECONDS = 1.0  # how long an answer of the driver is good for
@@ -75,7 +76,7 @@ class Probe:
             passes={pass_id: _pass_reason(pass_id, reason) for pass_id in PassId},
             kv_strategies={strategy.value: _strategy_reason(strategy, reason) for strategy in KVCacheStrategy},
             kinds={kind: _kind_reason(kind) for kind in KINDS},
-            no_adapters_because=NOT_IN_THIS_ENGINE,
+            no_adapters_because=self._absent(ADAPTER_LIBRARY),
             models=models,
             cache_disk=None if reason else self._cache_disk(next(iter(cache_folders))),
             may_download=self._claims.may_download,
@@ -120,6 +121,11 @@ class Probe:
             return private_bytes(pid)
         gpus = {f"cuda:{number}": gpu for number, gpu in enumerate(self._visible_gpus())}
         return gpus[device_id].used_by.get(pid, 0) if device_id in gpus else 0
+
+    def _absent(self, library: str) -> str | None:
+        """Why runners here cannot use a library that not every worker has, if they cannot."""
+        lacks = self._claims.has_own_runner and find_spec(library) is None
+        return f"{library} is not installed on this worker" if lacks else None
 
     def _devices(self) -> tuple[Device, ...]:
         gpus = tuple(

@@ -1,6 +1,7 @@
 """What does a worker say of its machine, and does it say so only where it is true?"""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,7 @@ def test_a_worker_says_what_it_can(probe: Probe, tmp_path: Path) -> None:
     able = {pass_id for pass_id, reason in offered.passes.items() if reason is None}
     assert able == {PassId.DISK_CACHE, PassId.CPU_OFFLOAD, PassId.GPU_OFFLOAD, PassId.MLP_CHUNKING}
     assert {kind for kind, reason in offered.kinds.items() if reason is None} == {"causal-lm", "seq2seq-lm"}
+    assert (offered.no_adapters_because is None) == (find_spec("peft") is not None)
     assert offered.passes.keys() == set(PassId)
     assert offered.backends == {backend.value: None for backend in BackendId}
     strategies = {name for name, reason in offered.kv_strategies.items() if reason is None}

@@ -32,6 +32,7 @@ class ModelKey:
     device_id: str
     host_layers: tuple[int, ...] = ()
     disk_layers: tuple[int, ...] = ()
+    adapter_digest: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)

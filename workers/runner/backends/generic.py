@@ -3,6 +3,7 @@
 Safetensors only, no remote code, nothing fetched.
 """
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def model_key(command: Execute) -> ModelKey:
         device_id=placement.device_id,
         host_layers=placement.host_layers,
         disk_layers=placement.disk_layers,
+        adapter_digest=None if command.adapter is None else command.adapter.digest,
     )
 
 
@@ -50,6 +52,9 @@ def load(command: Execute, visit: Callable[[], None]) -> LoadedModel:
         module, stream = load_offloaded(command, device, visit)
     else:
         module = _load_whole(folder, kind, device)
+    if command.adapter is not None:
+        # peft need not be installed where no plan names an adapter.
+        importlib.import_module("workers.runner.backends.adapters").put_on(module, command.adapter)
     _keep_the_head_small(module)
     end_tokens = _end_tokens(module, tokenizer)
     return LoadedModel(
