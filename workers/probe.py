@@ -16,6 +16,7 @@ from ollm_service.core.labels import Attributes
 from ollm_service.core.options import KVCacheStrategy
 from ollm_service.core.plan import BackendId, GenericModelKind, NativeFamily, PassId
 from ollm_service.core.profile import ModelProfile
+from ollm_service.core.quantization import QUANTIZATION_LIBRARIES
 from workers.cache_folder import DiskRates, NoCacheFolder, check_writable, free_bytes, measure, total_bytes
 from workers.host_memory import host_memory, private_bytes
 from workers.nvml import Gpu, Nvml, NvmlUnavailable, visible
@@ -76,6 +77,7 @@ class Probe:
             passes={pass_id: _pass_reason(pass_id, reason) for pass_id in PassId},
             kv_strategies={strategy.value: _strategy_reason(strategy, reason) for strategy in KVCacheStrategy},
             kinds={kind: _kind_reason(kind) for kind in KINDS},
+            quantizations={method: self._absent(*libraries) for method, libraries in QUANTIZATION_LIBRARIES.items()},
             no_adapters_because=self._absent(ADAPTER_LIBRARY),
             models=models,
             cache_disk=None if reason else self._cache_disk(next(iter(cache_folders))),
@@ -122,10 +124,10 @@ class Probe:
         gpus = {f"cuda:{number}": gpu for number, gpu in enumerate(self._visible_gpus())}
         return gpus[device_id].used_by.get(pid, 0) if device_id in gpus else 0
 
-    def _absent(self, library: str) -> str | None:
-        """Why runners here cannot use a library that not every worker has, if they cannot."""
-        lacks = self._claims.has_own_runner and find_spec(library) is None
-        return f"{library} is not installed on this worker" if lacks else None
+    def _absent(self, *packages: str) -> str | None:
+        """Why runners here cannot do what takes these packages, which not every worker has; None where they can."""
+        lacking = [name for name in packages if self._claims.has_own_runner and not _is_installed(name)]
+        return f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed on this worker" if lacking else None
 
     def _devices(self) -> tuple[Device, ...]:
         gpus = tuple(
@@ -221,6 +223,14 @@ def _why_unwritable(folders: Collection[Path]) -> str | None:
 
 def _lacking_library() -> str | None:
     return next((name for name in RUNNER_LIBRARIES if find_spec(name) is None), None)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _versions() -> dict[str, str]:

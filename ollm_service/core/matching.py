@@ -117,6 +117,10 @@ def _shortfalls(requirements: Requirements, capabilities: Capabilities) -> list[
             found.append(f"models of kind {requirements.kind}: {lacking}")
     if requirements.adapter and capabilities.no_adapters_because is not None:
         found.append(f"adapters: {capabilities.no_adapters_because}")
+    if requirements.quantization is not None:
+        lacking = capabilities.quantizations.get(requirements.quantization, UNKNOWN)
+        if lacking is not None:
+            found.append(f"weights quantized by {requirements.quantization}: {lacking}")
     strategy = requirements.kv_cache_strategy
     if strategy is not None and strategy != _RESIDENT:
         lacking = capabilities.kv_strategies.get(strategy, UNKNOWN)

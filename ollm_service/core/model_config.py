@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from ollm_service.core.quantization import quantization_of
 from ollm_service.core.tensors import ELEMENT_BYTES, FLOATS, Tensor
 
 MOST_LAYERS = 10_000
@@ -66,8 +67,13 @@ class ModelConfig:
     @property
     def quantization(self) -> str | None:
         """How the weights were quantized, if they were."""
+        return quantization_of(self.quantization_scheme)
+
+    @property
+    def quantization_scheme(self) -> Mapping[str, Any]:
+        """The `quantization_config` as it stands there; empty where there is none."""
         scheme = self.whole.get("quantization_config")
-        return _text(scheme, "quant_method") if isinstance(scheme, dict) else None
+        return scheme if isinstance(scheme, dict) else {}
 
     @property
     def layer_count(self) -> int:

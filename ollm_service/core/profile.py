@@ -16,6 +16,8 @@ class ModelProfile:
     preprocessor's configuration is there. `has_gds_export`: there is a raw export of
     its weights that may be read; `gds_export_problem` says why one that is there may not.
 
+    `quantization` is the method by which its weights were packed, if they were.
+
     Weights, as loaded in `dtype`: `weight_bytes` all of them; `layer_bytes` each decoder layer, routed experts included, empty
     where the layers cannot be told apart; `embedding_bytes` the input embeddings, positions among them; `head_bytes` the output
     head, 0 where it is the embedding; `expert_bytes` all routed experts of all layers. The rest is towers, encoders and norms.
@@ -38,6 +40,7 @@ class ModelProfile:
     requires_processor: bool = False
     has_processor: bool = False
     dtype: str | None = None
+    quantization: str | None = None
     weight_bytes: int = 0
     parameter_count: int = 0
     layer_count: int = 0

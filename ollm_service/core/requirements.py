@@ -9,6 +9,7 @@ from ollm_service.core.labels import parse_expression
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
 from ollm_service.core.plan import ModelModality, PassId, RuntimePlan
 from ollm_service.core.profile import ModelProfile
+from ollm_service.core.quantization import QUANTIZATION_LIBRARIES
 
 SMALLEST_CACHE_BYTES = 16 * 1024**2
 
@@ -22,8 +23,8 @@ class Requirements:
     never from the rows, so that classes stay few. `model_digest` null with `download` set means that the worker must be allowed
     to fetch that repository; one excludes the other. `kind` is the kind of model that it must run; for a model of no generic
     kind, which only its family's provider can run, the family; null where neither is known yet. `adapter` demands that it can put
-    an adapter on the model. Raises ValueError for a digest and a download together, InvalidExpression for a `where` that is no
-    label expression.
+    an adapter on the model, `quantization` that it has the libraries for weights packed in that way. Raises ValueError for a
+    digest and a download together, InvalidExpression for a `where` that is no label expression.
     """
 
     backend_id: str
@@ -35,6 +36,7 @@ class Requirements:
     dtype: str | None = None
     kind: str | None = None
     adapter: bool = False
+    quantization: str | None = None
     modalities: tuple[ModelModality, ...] = (ModelModality.TEXT,)
     memory_bytes: int = 0
     offloaded_bytes: int = 0
@@ -59,6 +61,7 @@ class Requirements:
             "dtype": self.dtype,
             "kind": self.kind,
             "adapter": self.adapter,
+            "quantization": self.quantization,
             "modalities": [modality.value for modality in self.modalities],
             "memory_bytes": self.memory_bytes,
             "offloaded_bytes": self.offloaded_bytes,
@@ -103,6 +106,7 @@ def requirements_of(
         dtype=profile.dtype if profile else None,
         kind=_kind(plan, profile),
         adapter=config.adapter_dir is not None,
+        quantization=profile.quantization if profile and profile.quantization in QUANTIZATION_LIBRARIES else None,
         modalities=resolved.capabilities.modalities,
         memory_bytes=profile.weight_bytes if profile else 0,
         offloaded_bytes=_offloaded(plan, profile) if profile else 0,
