@@ -35,6 +35,11 @@ def is_unpacked(method: str | None) -> bool:
     return method in (MXFP4, COMPRESSED_TENSORS)
 
 
+def stays_packed(method: str | None) -> bool:
+    """Whether its library computes with the packed weights themselves."""
+    return method in QUANTIZATION_LIBRARIES and not is_unpacked(method)
+
+
 def fewest_bits(scheme: Mapping[str, Any]) -> int:
     """Bits of a packed weight by compressed-tensors; the fewest of all groups, 4 where none says."""
     groups = scheme.get("config_groups")

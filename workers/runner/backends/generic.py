@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ollm_service.core.plan import GenericModelKind, NativeFamily
+from ollm_service.core.quantization import stays_packed
 from ollm_service.core.wire import Execute
 from workers.runner.interruptions import AttemptEnded
 from workers.runner.memory import let_go_of_pages
@@ -51,7 +52,7 @@ def load(command: Execute, visit: Callable[[], None]) -> LoadedModel:
     if key.host_layers or key.disk_layers:
         module, stream = load_offloaded(command, device, visit)
     else:
-        module = _load_whole(folder, kind, device)
+        module = _load_whole(folder, kind, device, stays_packed=stays_packed(command.profile.quantization))
     if command.adapter is not None:
         # peft need not be installed where no plan names an adapter.
         importlib.import_module("workers.runner.backends.adapters").put_on(module, command.adapter)
@@ -70,10 +71,13 @@ def load(command: Execute, visit: Callable[[], None]) -> LoadedModel:
     )
 
 
-def _load_whole(folder: Path, kind: GenericModelKind | None, device: torch.device) -> PreTrainedModel:
-    """All of the model on the device."""
-    module = load_checkpoint(folder, kind)
-    nn.Module.to(module, device)
+def _load_whole(folder: Path, kind: GenericModelKind | None, device: torch.device, *, stays_packed: bool) -> PreTrainedModel:
+    """All of the model on the device; packed weights are brought there by their library, which may not let them be moved."""
+    if stays_packed:
+        module = load_checkpoint(folder, kind, device_map={"": str(device)})
+    else:
+        module = load_checkpoint(folder, kind)
+        nn.Module.to(module, device)
     storages = [tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers()) if tensor.device.type == "cpu"]
     let_go_of_pages(tuple(folder.glob("*.safetensors")), [(storage.data_ptr(), storage.nbytes()) for storage in storages])
     module.train(mode=False).requires_grad_(requires_grad=False)
