@@ -14,7 +14,7 @@ from pathlib import Path
 from ollm_service.core.capabilities import CacheDisk, Capabilities, Device, LiveState
 from ollm_service.core.labels import Attributes
 from ollm_service.core.options import KVCacheStrategy
-from ollm_service.core.plan import BackendId, GenericModelKind, NativeFamily, PassId
+from ollm_service.core.plan import BackendId, GenericModelKind, ModelModality, NativeFamily, PassId
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.quantization import QUANTIZATION_LIBRARIES
 from workers.cache_folder import DiskRates, NoCacheFolder, check_writable, free_bytes, measure, total_bytes
@@ -25,6 +25,8 @@ CPU_DTYPES = ("float64", "float32", "bfloat16", "float16")
 NOT_IN_THIS_ENGINE = "not in this version of the engine; it takes a worker with a later one"
 RUNNER_LIBRARIES = ("torch", "transformers", "safetensors")
 ADAPTER_LIBRARY = "peft"
+# WAV files need none beyond what the runner has anyway.
+MEDIA_LIBRARIES: Mapping[ModelModality, tuple[str, ...]] = {ModelModality.IMAGE: ("pillow",)}
 # What a model may be of: the generic kinds, and a family whose models are of none.
 KINDS = (*(kind.value for kind in GenericModelKind), NativeFamily.VOXTRAL.value)
 GPU_SECONDS = 1.0  # how long an answer of the driver is good for
@@ -76,8 +78,9 @@ class Probe:
             backends={backend.value: backend_reason for backend in BackendId},
             passes={pass_id: _pass_reason(pass_id, reason) for pass_id in PassId},
             kv_strategies={strategy.value: _strategy_reason(strategy, reason) for strategy in KVCacheStrategy},
-            kinds={kind: _kind_reason(kind) for kind in KINDS},
+            kinds=dict.fromkeys(KINDS),
             quantizations={method: self._absent(*libraries) for method, libraries in QUANTIZATION_LIBRARIES.items()},
+            modalities={modality: self._absent(*MEDIA_LIBRARIES.get(modality, ())) for modality in ModelModality},
             no_adapters_because=self._absent(ADAPTER_LIBRARY),
             models=models,
             cache_disk=None if reason else self._cache_disk(next(iter(cache_folders))),
@@ -201,11 +204,7 @@ def _cuda_dtypes(compute_capability: tuple[int, int]) -> tuple[str, ...]:
 def _pass_reason(pass_id: PassId, no_cache_because: str | None) -> str | None:
     if pass_id in (PassId.DISK_CACHE, PassId.CPU_OFFLOAD, PassId.GPU_OFFLOAD):
         return no_cache_because
-    return None if pass_id is PassId.MLP_CHUNKING else NOT_IN_THIS_ENGINE
-
-
-def _kind_reason(kind: str) -> str | None:
-    return None if kind in (GenericModelKind.CAUSAL_LM, GenericModelKind.SEQ2SEQ_LM) else NOT_IN_THIS_ENGINE
+    return None if pass_id in (PassId.MLP_CHUNKING, PassId.MULTIMODAL_SHELL) else NOT_IN_THIS_ENGINE
 
 
 def _strategy_reason(strategy: KVCacheStrategy, no_cache_because: str | None) -> str | None:

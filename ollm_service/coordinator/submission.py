@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ollm_service.coordinator.drafting import Draft, draft
+from ollm_service.coordinator.drafting import Draft, draft, draft_rows
 from ollm_service.coordinator.promises import check_unchanged
 from ollm_service.coordinator.rows import check_rows
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
@@ -62,8 +62,8 @@ def submit(service: Service, submission: Submission) -> Submitted:
     wanted = _wanted(submission) if promised is None else _as_previewed(submission, promised)
     config = service.options.runtime_config(wanted.runtime)
     generation = service.options.generation_config(wanted.generation)
-    rows = check_rows(submission.rows, generation)
-    drafted = draft(service.fleet.snapshot(), wanted.model, config, wanted.where)
+    checked = check_rows(submission.rows, generation)
+    drafted, rows = draft_rows(service.fleet.snapshot(), wanted.model, config, wanted.where, checked)
     if promised is not None:
         check_unchanged(promised, drafted, submission.rows)
     deadline = submission.deadline_seconds
@@ -73,7 +73,7 @@ def submit(service: Service, submission: Submission) -> Submitted:
         model=wanted.model.strip(),
         rows=rows,
         plans=_split(service, rows, generation, drafted),
-        config=config,
+        config=drafted.config,
         generation=generation,
         priority=submission.priority,
         where=wanted.where,

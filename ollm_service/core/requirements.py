@@ -23,8 +23,9 @@ class Requirements:
     never from the rows, so that classes stay few. `model_digest` null with `download` set means that the worker must be allowed
     to fetch that repository; one excludes the other. `kind` is the kind of model that it must run; for a model of no generic
     kind, which only its family's provider can run, the family; null where neither is known yet. `adapter` demands that it can put
-    an adapter on the model, `quantization` that it has the libraries for weights packed in that way. Raises ValueError for a
-    digest and a download together, InvalidExpression for a `where` that is no label expression.
+    an adapter on the model, `modalities` that it has what images or sounds take, `quantization` that it has the libraries for
+    weights packed in that way. Raises ValueError for a digest and a download together, InvalidExpression for a `where` that is no
+    label expression.
     """
 
     backend_id: str
@@ -107,7 +108,7 @@ def requirements_of(
         kind=_kind(plan, profile),
         adapter=config.adapter_dir is not None,
         quantization=profile.quantization if profile and profile.quantization in QUANTIZATION_LIBRARIES else None,
-        modalities=resolved.capabilities.modalities,
+        modalities=resolved.capabilities.modalities if config.multimodal else (ModelModality.TEXT,),
         memory_bytes=profile.weight_bytes if profile else 0,
         offloaded_bytes=_offloaded(plan, profile) if profile else 0,
         cache_bytes=SMALLEST_CACHE_BYTES if PassId.DISK_CACHE in passes else 0,

@@ -255,6 +255,7 @@ capabilities = st.builds(
     kv_strategies=offers([strategy.value for strategy in KVCacheStrategy]),
     kinds=offers(KINDS),
     quantizations=offers(QUANTIZATION_LIBRARIES),
+    modalities=offers(ModelModality),
     no_adapters_because=maybe(st.just("not here")),
     models=st.lists(profiles, max_size=2).map(tuple),
     cache_disk=maybe(st.builds(CacheDisk, path=texts, total_bytes=counts, write_rate=maybe(ratios), read_rate=maybe(ratios))),

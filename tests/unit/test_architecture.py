@@ -16,7 +16,7 @@ from scripts.write_settings_page import PAGE, page
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("ollm_service", "workers")
 # What a worker may lack, and the one module that uses it, which is imported where a plan needs it.
-OPTIONAL_LIBRARIES = {"adapters.py": {"peft"}}
+OPTIONAL_LIBRARIES = {"adapters.py": {"peft"}, "images.py": {"PIL"}}
 MODEL_LIBRARIES = ("accelerate", "torch", "transformers", "safetensors")
 # What a client reads, and where settings are; everything else that starts with OLLM_ is a field of Settings.
 OTHER_VARIABLES = {"OLLM_BASE_URL", "OLLM_API_KEY", "OLLM_CONFIG_FILE"}

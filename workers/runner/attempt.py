@@ -98,7 +98,7 @@ class Attempt:
         refused: list[RowResult] = []
         for row in self.command.rows:
             self.pulse()
-            match encode_row(row, model.tokenizer, model.context_limit, is_source=model.has_encoder):
+            match encode_row(row, model.tokenizer, model.context_limit, is_source=model.has_encoder, reader=model.media):
                 case EncodedRow() as encoded:
                     if longest is None or len(encoded.tokens) + encoded.max_new_tokens <= longest:
                         runnable.append(encoded)

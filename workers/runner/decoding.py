@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from workers.runner.answers import Answer
 from workers.runner.batching import choice_of
@@ -25,13 +26,14 @@ def generate(model: LoadedModel, rows: Sequence[EncodedRow], pulse: Pulse, measu
     choice = choice_of(rows[0].generation)
     tokens_BL, mask_BT = left_padded([row.tokens for row in rows], model.pad_token, model.device)
     positions_BL = (mask_BT.cumsum(dim=-1) - 1).clamp(min=0)
-    running = answers
+    running, media = answers, on_device(rows, model.module)
     most_tokens = tokens_BL.shape[-1] + max(row.max_new_tokens for row in rows)
     with model.open_cache(rows=len(rows), tokens=most_tokens) as cache:
         while True:
             pulse()
             began = time.monotonic()
-            logits_BV = model.next_logits(tokens_BL, mask_BT, positions_BL, cache)
+            logits_BV = model.next_logits(tokens_BL, mask_BT, positions_BL, cache, media)
+            media = {}
             accept(running, logits_BV, choose_tokens(logits_BV, choice, [answer.generator for answer in running]))
             # The tokens were read, so that the device is done.
             measurements.count_pass(tokens_BL.shape, time.monotonic() - began)
@@ -48,6 +50,15 @@ def generate(model: LoadedModel, rows: Sequence[EncodedRow], pulse: Pulse, measu
             tokens_BL = torch.tensor(newest, device=model.device).unsqueeze(-1)
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones((len(kept), 1))], dim=-1)
             positions_BL = positions_BL[:, -1:] + 1
+
+
+def on_device(rows: Sequence[EncodedRow], module: PreTrainedModel) -> dict[str, Tensor]:
+    """What rows of equal media shapes bring besides their tokens, joined, on the model's device and in its dtype."""
+    joined = {name: torch.cat([row.media[name] for row in rows]) for name in rows[0].media}
+    return {
+        name: tensor.to(module.device, module.dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in joined.items()
+    }
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token: int, device: torch.device) -> tuple[Tensor, Tensor]:

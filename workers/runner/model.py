@@ -4,7 +4,7 @@ B rows, L new positions of each, T positions so far, V vocabulary.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from workers.runner.prompts import ReadsMedia
 from workers.runner.weights.streaming import LayerStream, layer_names
 
 
@@ -41,6 +42,8 @@ class LoadedModel:
 
     `context_limit` is in tokens, prompt and answer together; None where the model sets none. `open_cache` gives the KV cache of
     one micro-batch for as long as that runs. `stream` brings the layers that are not kept on the device, if there are such.
+    `media` reads images and sounds, where a plan lets rows bring them. `feeds_itself`: only transformers' own `generate` knows
+    how its forward pass is fed.
     """
 
     key: ModelKey
@@ -52,14 +55,21 @@ class LoadedModel:
     pad_token: int
     open_cache: CacheSource
     stream: LayerStream | None = None
+    media: ReadsMedia | None = None
+    feeds_itself: bool = False
     _accepted: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         self._accepted = frozenset(inspect.signature(self.module.forward).parameters)
 
-    def next_logits(self, tokens_BL: Tensor, mask_BT: Tensor, positions_BL: Tensor, cache: Cache) -> Tensor:
-        """Logits [B, V] of the token that follows the last position. Left-padded; padding is 0 in the mask."""
-        offered: dict[str, Any] = {"position_ids": positions_BL, "logits_to_keep": 1}
+    def next_logits(
+        self, tokens_BL: Tensor, mask_BT: Tensor, positions_BL: Tensor, cache: Cache, media: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Logits [B, V] of the token that follows the last position. Left-padded; padding is 0 in the mask.
+
+        `media` is what the rows bring besides their tokens, empty for all but the prompt's pass.
+        """
+        offered: dict[str, Any] = {"position_ids": positions_BL, "logits_to_keep": 1, **media}
         extra = {name: value for name, value in offered.items() if name in self._accepted}
         output = self.module(input_ids=tokens_BL, attention_mask=mask_BT, past_key_values=cache, use_cache=True, **extra)
         logits_BV: Tensor = output.logits[:, -1, :]

@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ollm_service.core.plan import GenericModelKind, NativeFamily
+from ollm_service.core.plan import BackendId, GenericModelKind, NativeFamily
 from ollm_service.core.quantization import stays_packed
 from ollm_service.core.wire import Execute
-from workers.runner.interruptions import AttemptEnded
+from workers.runner.interruptions import AttemptEnded, first_line
+from workers.runner.media.readers import open_reader
 from workers.runner.memory import let_go_of_pages
 from workers.runner.model import LoadedModel, ModelKey, resident_cache
+from workers.runner.prompts import ReadsMedia
 from workers.runner.weights.checkpoint import load_checkpoint
 from workers.runner.weights.offload import load_offloaded
-
-_KINDS = (GenericModelKind.CAUSAL_LM, GenericModelKind.SEQ2SEQ_LM)
 
 
 def model_key(command: Execute) -> ModelKey:
@@ -58,6 +58,10 @@ def load(command: Execute, visit: Callable[[], None]) -> LoadedModel:
         importlib.import_module("workers.runner.backends.adapters").put_on(module, command.adapter)
     _keep_the_head_small(module)
     end_tokens = _end_tokens(module, tokenizer)
+    feeds_itself = kind is GenericModelKind.IMAGE_TEXT_TO_TEXT and command.profile.family is None
+    if feeds_itself:
+        # `generate` would mix the model's own settings, such as a penalty on repetition, into what the row asked for.
+        module.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]  # transformers does not annotate it
     return LoadedModel(
         key=key,
         module=module,
@@ -68,7 +72,27 @@ def load(command: Execute, visit: Callable[[], None]) -> LoadedModel:
         pad_token=_pad_token(tokenizer, end_tokens),
         open_cache=resident_cache(module),
         stream=stream,
+        feeds_itself=feeds_itself,
     )
+
+
+def media_reader(model: LoadedModel, command: Execute) -> ReadsMedia | None:
+    """What reads images for a generic plan that takes them; a native plan's pass brings its own.
+
+    Raises AttemptEnded where the processor's files or its library are not sound.
+    """
+    is_generic = command.runtime_plan.backend_id == BackendId.TRANSFORMERS_GENERIC
+    if not (is_generic and command.config.multimodal):
+        return None
+    try:
+        return open_reader(Path(command.model_dir), model.module, model.tokenizer)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise AttemptEnded(
+            stage="loading",
+            code="processor_not_loaded",
+            message=f"The model's processor cannot be loaded: {first_line(error)}",
+            error_type=type(error).__name__,
+        ) from error
 
 
 def _load_whole(folder: Path, kind: GenericModelKind | None, device: torch.device, *, stays_packed: bool) -> PreTrainedModel:
@@ -86,12 +110,12 @@ def _load_whole(folder: Path, kind: GenericModelKind | None, device: torch.devic
 
 def _refuse_other_kinds(command: Execute) -> None:
     kind = command.runtime_plan.generic_model_kind
-    if kind in _KINDS or command.profile.family is NativeFamily.VOXTRAL:
+    if kind is not None or command.profile.family is NativeFamily.VOXTRAL:
         return
     raise AttemptEnded(
         stage="loading",
         code="kind_not_supported",
-        message=f"This runner answers with models of kind {' or '.join(_KINDS)}, not `{kind}`.",
+        message="The model is of no kind that this runner loads, and of no family that it knows.",
         error_type="UnsupportedKind",
         is_permanent=True,
     )

@@ -11,6 +11,7 @@ from workers.runner.passes.absent import AbsentPass
 from workers.runner.passes.disk_cache import DiskCache
 from workers.runner.passes.layer_offload import LayerOffload
 from workers.runner.passes.mlp_chunking import MlpChunking
+from workers.runner.passes.multimodal_shell import MultimodalShell
 from workers.runner.passes.specialization import SpecializationPass
 
 PASSES: Mapping[PassId, Callable[[LoadedModel, Execute], SpecializationPass]] = MappingProxyType(
@@ -19,6 +20,7 @@ PASSES: Mapping[PassId, Callable[[LoadedModel, Execute], SpecializationPass]] = 
         PassId.CPU_OFFLOAD: partial(LayerOffload, PassId.CPU_OFFLOAD),
         PassId.GPU_OFFLOAD: partial(LayerOffload, PassId.GPU_OFFLOAD),
         PassId.MLP_CHUNKING: MlpChunking,
+        PassId.MULTIMODAL_SHELL: MultimodalShell,
     }
 )
 
