@@ -21,7 +21,7 @@ from workers.runner.media.readers import open_reader
 from workers.runner.memory import let_go_of_pages
 from workers.runner.model import LoadedModel, ModelKey, resident_cache
 from workers.runner.prompts import ReadsMedia
-from workers.runner.weights.checkpoint import load_checkpoint
+from workers.runner.weights.checkpoint import load_checkpoint, refuse_unknown_architecture
 from workers.runner.weights.offload import load_offloaded
 
 
@@ -45,6 +45,7 @@ def load(command: Execute, visit: Callable[[], None]) -> LoadedModel:
     """
     kind = command.runtime_plan.generic_model_kind
     _refuse_other_kinds(command)
+    refuse_unknown_architecture(Path(command.model_dir), kind)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers does not annotate it
     folder, device = Path(command.model_dir), torch.device(command.placement.device_id)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

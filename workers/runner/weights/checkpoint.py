@@ -1,11 +1,14 @@
 """How does transformers load a checkpoint for us? Safetensors only, no remote code, nothing fetched, no weight made up."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import transformers
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -14,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ollm_service.core.errors import shown
 from ollm_service.core.plan import GenericModelKind
 from ollm_service.core.quantization import is_unpacked, quantization_of
 from workers.runner.interruptions import AttemptEnded
@@ -70,6 +74,27 @@ def load_checkpoint(folder: Path, kind: GenericModelKind | None, **where: Any) -
             error_type="UnusedWeights",
         )
     return module
+
+
+def refuse_unknown_architecture(folder: Path, kind: GenericModelKind | None) -> None:
+    """Raises AttemptEnded, before anything is loaded, for a model that this version of transformers has no classes for."""
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise _unknown("its config.json cannot be read", type(error).__name__) from error
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise _unknown(f"a model of type {shown(model_type)}", "UnknownArchitecture")
+    if CONFIG_MAPPING[model_type] not in AUTO_CLASSES[kind]._model_mapping:
+        raise _unknown(f"a model of type {shown(model_type)} that is {kind}", "UnknownArchitecture")
+
+
+def _unknown(what: str, error_type: str) -> AttemptEnded:
+    return AttemptEnded(
+        stage="loading",
+        code="architecture_unknown",
+        message=f"transformers {transformers.__version__} knows no such model: {what}. It takes a worker with a later release.",
+        error_type=error_type,
+    )
 
 
 def _unpacking(config: Any) -> Any:
