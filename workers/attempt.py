@@ -159,7 +159,8 @@ class Attempt:
         """Place the plan and hand it to the runner; False where it was declined."""
         work = self._assignment
         missing = [row for row in work.rows if row.row in self._missing]
-        lengths = [most_tokens(request_of(row), row.generation.max_new_tokens) for row in missing]
+        of_image = profile.most_image_tokens
+        lengths = [most_tokens(request_of(row), row.generation.max_new_tokens, of_image) for row in missing]
         placed = place(
             self._plan,
             profile,
@@ -169,7 +170,7 @@ class Attempt:
             self._around.live(self._slot),
             RowBounds(
                 longest=max(lengths, default=1),
-                longest_prompt=max((most_prompt_tokens(request_of(row)) for row in missing), default=1),
+                longest_prompt=max((most_prompt_tokens(request_of(row), of_image) for row in missing), default=1),
                 shortest=min(lengths, default=1),
                 count=len(missing),
                 are_sampled=not all(row.generation.is_greedy for row in missing),

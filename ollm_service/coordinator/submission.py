@@ -10,6 +10,7 @@ from ollm_service.coordinator.drafting import Draft, draft, draft_rows
 from ollm_service.coordinator.promises import check_unchanged
 from ollm_service.coordinator.rows import check_rows
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
+from ollm_service.core.content import MOST_IMAGE_TOKENS
 from ollm_service.core.errors import Conflict, InvalidJob, RequestError
 from ollm_service.core.options import GenerationConfig
 from ollm_service.core.row_size import most_tokens
@@ -133,7 +134,8 @@ def chunks(rows: Sequence[NewRow], generation: GenerationConfig, drafted: Draft)
     """The numbers of the rows of each plan record, as `core.splitting` says; a row that is wrong by itself needs nothing."""
     profile = drafted.planned.profile
     context = profile.most_row_tokens if profile else None
-    bounds = [0 if row.error else most_tokens(row.request, generation.max_new_tokens) for row in rows]
+    of_image = profile.most_image_tokens if profile else MOST_IMAGE_TOKENS
+    bounds = [0 if row.error else most_tokens(row.request, generation.max_new_tokens, of_image) for row in rows]
     needs = bounds if context is None else [min(bound, context) for bound in bounds]
     for positions in split(needs, rows_per_plan=ROWS_PER_PLAN):
         yield tuple(rows[position].row for position in positions)

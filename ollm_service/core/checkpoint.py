@@ -151,6 +151,7 @@ def profile_of(
         cross_kv_bytes_per_token=kept.cross_per_token,
         widest_kv_bytes_per_token=kept.widest_per_token,
         max_context_tokens=facts.context_tokens,
+        image_tokens=facts.image_tokens,
         has_chat_template=has_chat_template,
     )
 

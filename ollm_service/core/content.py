@@ -76,10 +76,10 @@ def modalities_of(messages: Any) -> frozenset[ModelModality]:
     return frozenset(named[part["type"]] for part in media_parts(messages) if part.get("type") in named)
 
 
-def most_tokens_of_part(part: Mapping[str, Any]) -> int:
+def most_tokens_of_part(part: Mapping[str, Any], image_tokens: int = MOST_IMAGE_TOKENS) -> int:
     """A bound on the tokens that a kept part becomes: a sound has at least a byte for each of 16,000 samples a second."""
     if part.get("type") == IMAGE_PART:
-        return MOST_IMAGE_TOKENS
+        return image_tokens
     size = len(_inner(part.get(SOUND_PART), "data")) * 3 // 4
     chunks = size // (_LEAST_SOUND_BYTES_PER_SECOND * _SOUND_CHUNK_SECONDS) + 1
     return round(chunks * _SOUND_CHUNK_SECONDS * _SOUND_TOKENS_PER_SECOND) + 16

@@ -10,6 +10,7 @@ from ollm_service.core.tensors import ELEMENT_BYTES, FLOATS, Tensor
 
 MOST_LAYERS = 10_000
 _LARGEST_FACT = 2**40
+_AROUND_AN_IMAGE = 8  # a token before and one behind, and line breaks
 _NESTED_TEXT = ("text_config", "llm_config", "language_config", "decoder")
 
 
@@ -126,6 +127,14 @@ class ModelConfig:
     def context_tokens(self) -> int | None:
         """The longest context that it was made for."""
         return self.fact("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx") or None
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of an image with what stands around it, where every image has as many; else 0."""
+        count = self.whole.get("mm_tokens_per_image")
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 < count < _LARGEST_FACT:
+            return 0
+        return count + _AROUND_AN_IMAGE
 
     def dtype(self, tensors: Iterable[Tensor]) -> str | None:
         """The element type in which the model is loaded: what the configuration says, else that of most weights."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from ollm_service.core.content import MOST_IMAGE_TOKENS
 from ollm_service.core.plan import GenericModelKind, ModelModality, NativeFamily
 
 
@@ -26,7 +27,8 @@ class ModelProfile:
     `sliding_window` tokens, `state_bytes_per_row` the recurrent and convolution states of layers without attention, and
     `cross_kv_bytes_per_token` what a decoder keeps of each token of its source; `widest_kv_bytes_per_token` the one layer whose
     keys and values are the widest. `attention_width` is that of a layer's queries, all heads together; `linear_heads` and
-    `linear_head_size` are those of layers of linear attention by the gated delta rule.
+    `linear_head_size` are those of layers of linear attention by the gated delta rule. `image_tokens` are what an image becomes,
+    0 where that depends on the image or is not known.
     """
 
     name: str
@@ -64,6 +66,7 @@ class ModelProfile:
     cross_kv_bytes_per_token: int = 0
     widest_kv_bytes_per_token: int = 0
     max_context_tokens: int | None = None
+    image_tokens: int = 0
     has_chat_template: bool = False
     has_gds_export: bool = False
     gds_export_problem: str | None = None
@@ -85,6 +88,11 @@ class ModelProfile:
     def other_bytes(self) -> int:
         """The weights that are neither decoder layers nor embeddings nor head: towers, encoders, norms."""
         return self.weight_bytes - sum(self.layer_bytes) - self.embedding_bytes - self.head_bytes
+
+    @property
+    def most_image_tokens(self) -> int:
+        """What an image of a row becomes at the most."""
+        return self.image_tokens or MOST_IMAGE_TOKENS
 
     @property
     def most_row_tokens(self) -> int | None:

@@ -8,6 +8,7 @@ import pytest
 
 from ollm_service.cli.input_rows import read_rows
 from ollm_service.coordinator.rows import LONGEST_CUSTOM_ID, check_rows, refuse_media
+from ollm_service.core.content import MOST_IMAGE_TOKENS
 from ollm_service.core.errors import InvalidJob
 from ollm_service.core.options import GenerationConfig
 from ollm_service.core.plan import ModelModality
@@ -168,5 +169,6 @@ def test_a_bound_of_tokens_does_not_count_the_bytes_of_media() -> None:
     """A row with a large image counts as many tokens as an image may become, and a sound by how long it can be."""
     small, large = (with_part({"type": "image_url", "image_url": {"url": PNG_URL + "A" * size}}) for size in (4, 4_000_000))
     assert most_prompt_tokens(small) == most_prompt_tokens(large)
+    assert most_prompt_tokens(small) - most_prompt_tokens(small, 264) == MOST_IMAGE_TOKENS - 264
     minute = with_part({"type": "input_audio", "input_audio": {"data": "A" * (60 * 32_000 * 4 // 3), "format": "wav"}})
     assert 750 < most_prompt_tokens(minute) < 3_000

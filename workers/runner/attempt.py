@@ -98,7 +98,15 @@ class Attempt:
         refused: list[RowResult] = []
         for row in self.command.rows:
             self.pulse()
-            match encode_row(row, model.tokenizer, model.context_limit, is_source=model.has_encoder, reader=model.media):
+            encoded_or_refused = encode_row(
+                row,
+                model.tokenizer,
+                model.context_limit,
+                is_source=model.has_encoder,
+                reader=model.media,
+                most_image_tokens=self.command.profile.most_image_tokens,
+            )
+            match encoded_or_refused:
                 case EncodedRow() as encoded:
                     if longest is None or len(encoded.tokens) + encoded.max_new_tokens <= longest:
                         runnable.append(encoded)
