@@ -2,9 +2,11 @@
 
 import base64
 import io
+import json
 import math
 import struct
 import wave
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,15 @@ _VISION: dict[str, Any] = {
     "initializer_range": _SPREAD,
 }
 _MEL_BANDS, _POSITIONS = 8, 16
+_AUDIO: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_mel_bins": _MEL_BANDS,
+    "max_source_positions": _POSITIONS,
+    "initializer_range": _SPREAD,
+}
 
 
 def image_bytes(shade: int, kind: str = "PNG", size: tuple[int, int] = (40, 30)) -> bytes:
@@ -187,21 +198,60 @@ def save_llava(folder: Path) -> Path:
     return folder
 
 
+# The first tokens of every tekken.json for instructions and sounds, by number; those that the tests do not name have any name.
+_TEKKEN_MARKS: Mapping[int, str] = {
+    0: "<unk>",
+    1: "<s>",
+    2: "</s>",
+    3: "[INST]",
+    4: "[/INST]",
+    11: "<pad>",
+    17: "[SYSTEM_PROMPT]",
+    18: "[/SYSTEM_PROMPT]",
+    24: "[AUDIO]",
+    25: "[BEGIN_AUDIO]",
+}
+TEKKEN_FIRST_BYTE = 64
+
+
+def save_tekken_voxtral(folder: Path) -> Path:
+    """A Voxtral as its makers publish it: tokens in a tekken.json, here one for each byte, and no chat template."""
+    numbers: dict[str, Any] = {"vocab_size": TEKKEN_FIRST_BYTE + 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 11}
+    torch.manual_seed(3)
+    config = VoxtralConfig(text_config={"model_type": "llama", **_TEXT, **numbers}, audio_config=_AUDIO, audio_token_id=24)
+    model: Any = VoxtralForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers does not annotate it
+        eos_token_id=2, pad_token_id=11
+    )
+    model.save_pretrained(folder)
+    WhisperFeatureExtractor(  # type: ignore[no-untyped-call]  # transformers does not annotate it
+        feature_size=_MEL_BANDS, sampling_rate=RATE
+    ).save_pretrained(folder)
+    marks = [_TEKKEN_MARKS.get(number, f"<SPECIAL_{number}>") for number in range(TEKKEN_FIRST_BYTE)]
+    tekken = {
+        "config": {
+            "pattern": r"[^\r\n\p{L}\p{N}]?[\p{L}]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            "num_vocab_tokens": 256,
+            "default_vocab_size": TEKKEN_FIRST_BYTE + 256,
+            "default_num_special_tokens": TEKKEN_FIRST_BYTE,
+            "version": "v7",
+        },
+        "vocab": [
+            {"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode(), "token_str": None} for byte in range(256)
+        ],
+        "special_tokens": [{"rank": number, "token_str": mark, "is_control": True} for number, mark in enumerate(marks)],
+    }
+    (folder / "tekken.json").write_text(json.dumps(tekken), encoding="utf-8")
+    return folder
+
+
 def save_voxtral(folder: Path) -> Path:
     """A Voxtral that hears: a chunk of sound takes four tokens."""
     tokenizer = _tokenizer("", audio_token="[AUDIO]")
     torch.manual_seed(2)
     config = VoxtralConfig(
         text_config={"model_type": "llama", **_TEXT, **_tokens(tokenizer)},
-        audio_config={
-            "hidden_size": 16,
-            "intermediate_size": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "num_mel_bins": _MEL_BANDS,
-            "max_source_positions": _POSITIONS,
-            "initializer_range": _SPREAD,
-        },
+        audio_config=_AUDIO,
         audio_token_id=tokenizer.convert_tokens_to_ids("[AUDIO]"),
     )
     _save(VoxtralForConditionalGeneration(config), tokenizer, folder)

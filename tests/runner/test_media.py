@@ -17,10 +17,12 @@ from ollm_service.core.wire import Execute
 from tests.runner.commands import answers, chat_row, first_outcomes, results_of, run, work_row
 from tests.runner.media_models import (
     RATE,
+    TEKKEN_FIRST_BYTE,
     image_bytes,
     image_part,
     save_gemma3,
     save_llava,
+    save_tekken_voxtral,
     save_voxtral,
     sound_bytes,
     sound_part,
@@ -250,6 +252,45 @@ def test_a_bad_sound_fails_its_row_alone(engine: Engine, root: Path, data: bytes
     assert found[0].error.code == "invalid_content"
     assert words in found[0].error.message
     assert found[1].error is None
+
+
+def test_a_voxtral_is_spoken_to_as_its_makers_do(engine: Engine, tmp_path: Path) -> None:
+    """With published tokens alone: marks around each turn, a placeholder for each feature, and transformers' answer to them."""
+    folder = save_tekken_voxtral(tmp_path / "tekken")
+    sound = sound_bytes(300)
+
+    def words(text: str) -> list[int]:
+        return [TEKKEN_FIRST_BYTE + byte for byte in text.encode()]
+
+    conversation = (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [sound_part(sound), text_part("who?")]},
+        {"role": "assistant", "content": "A tone."},
+        {"role": "user", "content": "why?"},
+    )
+    row = replace(chat_row(0, "", max_new_tokens=NEW_TOKENS, stop=["\0\0\0\0\0\0\0\0\0"]), messages=conversation)
+    result = answers(engine, asked(tmp_path, "tekken", [row]))[0]
+    assert result.error is None
+    tokens = [1, 17, *words("Be brief."), 18, 3, 25, *[24] * 4, *words("who?"), 4, *words("A tone."), 2, 3, *words("why?"), 4]
+    assert result.prompt_tokens == len(tokens)
+    features = heard_alone(folder, sound)
+    model: Any = AutoModelForMultimodalLM.from_pretrained(folder)
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=torch.tensor([tokens]), input_features=features, max_new_tokens=NEW_TOKENS, do_sample=False
+        )
+    answer = [token for token in output[0, len(tokens) :].tolist() if token >= TEKKEN_FIRST_BYTE]
+    assert (result.text or "") == bytes(token - TEKKEN_FIRST_BYTE for token in answer).decode(errors="replace")
+
+
+def heard_alone(folder: Path, sound: bytes) -> torch.Tensor:
+    """The features of a sound of one chunk."""
+    extractor: Any = WhisperFeatureExtractor.from_pretrained(folder)
+    samples = torch.nn.functional.pad(torch.tensor(decode_sound(sound, RATE)), (0, 32 * 160))[: 32 * 160]
+    features: torch.Tensor = extractor(samples.numpy(), sampling_rate=RATE, padding=False, truncation=False, return_tensors="pt")[
+        "input_features"
+    ]
+    return features
 
 
 def test_text_cannot_pose_as_a_sound(engine: Engine, root: Path) -> None:

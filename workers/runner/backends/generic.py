@@ -17,6 +17,7 @@ from ollm_service.core.plan import BackendId, GenericModelKind, NativeFamily
 from ollm_service.core.quantization import stays_packed
 from ollm_service.core.wire import Execute
 from workers.runner.interruptions import AttemptEnded, first_line
+from workers.runner.media.conversation import VOXTRAL_TEMPLATE
 from workers.runner.media.readers import open_reader
 from workers.runner.memory import let_go_of_pages
 from workers.runner.model import LoadedModel, ModelKey, resident_cache
@@ -48,7 +49,7 @@ def load(command: Execute, visit: Callable[[], None]) -> LoadedModel:
     refuse_unknown_architecture(Path(command.model_dir), kind)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers does not annotate it
     folder, device = Path(command.model_dir), torch.device(command.placement.device_id)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    tokenizer = _tokenizer(folder, command.profile.family)
     key, stream = model_key(command), None
     if key.host_layers or key.disk_layers:
         module, stream = load_offloaded(command, device, visit)
@@ -107,6 +108,16 @@ def _load_whole(folder: Path, kind: GenericModelKind | None, device: torch.devic
     let_go_of_pages(tuple(folder.glob("*.safetensors")), [(storage.data_ptr(), storage.nbytes()) for storage in storages])
     module.train(mode=False).requires_grad_(requires_grad=False)
     return module
+
+
+def _tokenizer(folder: Path, family: NativeFamily | None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, the same whether or not mistral-common happens to be installed."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True, mistral_format=False
+    )
+    if family is NativeFamily.VOXTRAL and tokenizer.chat_template is None:
+        tokenizer.chat_template = VOXTRAL_TEMPLATE
+    return tokenizer
 
 
 def _refuse_other_kinds(command: Execute) -> None:
