@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: bench-engine help setup servers demo test lint check pages chaos bench-dispatch bench-estimates clean
+.PHONY: bench-engine help setup servers demo test exactness lint check pages chaos bench-dispatch bench-estimates clean
 .DEFAULT_GOAL := help
 
 help: ## say what each target does
@@ -17,12 +17,15 @@ $(READY): pyproject.toml constraints.txt scripts/setup.sh
 servers: # redis-server, PostgreSQL and RabbitMQ for the tests, where missing and where we may
 	@bash scripts/setup.sh servers
 
-demo: setup ## a job, a fallback and a killed worker, before your eyes (about a minute)
-	@$(PY) scripts/demo.py
+demo: setup ## a job, a fallback, a killed worker and a model beyond memory, before your eyes
+	@$(PY) -m scripts.demo
 
-test: setup servers ## run every test
-	$(PY) -m pytest -n 2 --dist loadgroup -m "not serial"
+test: setup servers ## run every test, and of the exactness grid a pairwise cover
+	$(PY) -m pytest -n 2 --dist loadgroup -m "not serial and not grid"
 	$(PY) -m pytest -m serial
+
+exactness: setup ## every family, pass, KV strategy, placement and batch size against plain transformers
+	$(PY) -m pytest -n 2 --dist loadgroup -m "" tests/exactness
 
 lint: setup ## ruff, mypy --strict and the import contracts
 	.venv/bin/ruff check

@@ -204,7 +204,8 @@ def _cuda_dtypes(compute_capability: tuple[int, int]) -> tuple[str, ...]:
 def _pass_reason(pass_id: PassId, no_cache_because: str | None) -> str | None:
     if pass_id in (PassId.DISK_CACHE, PassId.CPU_OFFLOAD, PassId.GPU_OFFLOAD):
         return no_cache_because
-    return None if pass_id in (PassId.MLP_CHUNKING, PassId.MULTIMODAL_SHELL) else NOT_IN_THIS_ENGINE
+    here = (PassId.MLP_CHUNKING, PassId.MULTIMODAL_SHELL, PassId.ATTENTION_REPLACEMENT)
+    return None if pass_id in here else NOT_IN_THIS_ENGINE
 
 
 def _strategy_reason(strategy: KVCacheStrategy, no_cache_because: str | None) -> str | None:

@@ -43,6 +43,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ollm_service.core.options import KVCacheStrategy
+from ollm_service.core.packing import EAGER_MODELS
 from ollm_service.core.plan import GenericModelKind
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.tensors import ELEMENT_BYTES
@@ -58,15 +59,6 @@ DEVICE_SLOTS, HOST_SLOTS = 2, 3  # a layer computes while the next arrives; on t
 PAGE_TOKENS, MOST_TAIL_BYTES = 128, 8 * MIB  # the runner's own, from `workers/runner/kv`
 SCALE_BYTES = 4  # of the numbers that one head keeps of a token in int8
 USUAL_WINDOW_TOKENS = 256
-# Those for which transformers has no SDPA attention; they compute all scores.
-EAGER_MODELS = frozenset(
-    {
-        *("bloom", "codegen", "deepseek_v4", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "mpt", "xglm"),
-        *("granite_swa", "granitemoe_swa", "mimo_v2_flash", "vaultgemma", "flint", "hy_v4", "rwkv", "openai-gpt"),
-        *("bigbird_pegasus", "fsmt", "led", "longt5", "mvp", "nllb-moe", "pegasus_x", "prophetnet", "t5gemma"),
-        "switch_transformers",
-    }
-)
 # Those with latent attention: keys and values of all heads are computed from it for the whole history, a layer at a time.
 LATENT_MODELS = frozenset({"deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "longcat_flash", "minicpm3"})
 # How many tensors as wide as the feed-forward part's middle live at a time, where it is not gate, up and product: two where there

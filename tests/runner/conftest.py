@@ -15,8 +15,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def engine() -> Engine:
-    """One engine for many tests, as one runner serves many plans."""
-    return Engine()
+    """One engine for many tests, as one runner serves many plans. It reports every answer at once."""
+    return Engine(report_seconds=0.0)
 
 
 @pytest.fixture(scope="session")

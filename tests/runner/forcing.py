@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 
-from workers.runner.decoding import left_padded
-from workers.runner.kv.strategy import Strategy, cache_in_files
+from ollm_service.core.packing import BLOCK_TOKENS
+from workers.runner.kv.cache import PackCache, layers_of
+from workers.runner.kv.strategy import FileStrategy, cache_in_files
 from workers.runner.kv.traffic import Traffic
+from workers.runner.packed.attachment import PackedModel
+from workers.runner.packed.pack import Pack, TokenSequence
+from workers.runner.padded import left_padded
+from workers.runner.weights.streaming import layer_names
 
 # Makes of a mask of all tokens so far the one that plain attention gets.
 Hide = Callable[[Tensor], Tensor]
@@ -38,14 +43,42 @@ def plain_logits(folder: Path, prompts: Sequence[str], forced: str, hide: Hide =
     return _logits(folder, prompts, forced, DynamicCache(config=loaded(folder).config), hide)
 
 
-def strategy_logits(folder: Path, prompts: Sequence[str], forced: str, strategy: Strategy) -> tuple[Tensor, Traffic]:
-    """The same with a cache of ours, and what that did."""
+def strategy_logits(folder: Path, prompts: Sequence[str], forced: str, strategy: FileStrategy) -> tuple[Tensor, Traffic]:
+    """The same in packs, with a cache of ours, and what that did."""
     traffic = Traffic()
+    tokens = max(len(tokens_of(folder, text)) for text in prompts) + len(tokens_of(folder, forced))
     with (
         tempfile.TemporaryDirectory() as files,
-        cache_in_files(loaded(folder), strategy, Path(files), traffic) as ours,
+        cache_in_files(loaded(folder), strategy, Path(files), traffic, rows=len(prompts), tokens=tokens) as ours,
     ):
-        return _logits(folder, prompts, forced, ours, lambda mask: mask), traffic
+        return packed_logits(folder, prompts, forced, ours), traffic
+
+
+@torch.inference_mode()
+def packed_logits(
+    folder: Path, prompts: Sequence[str], forced: str, kept: PackCache | None = None, block_tokens: int = BLOCK_TOKENS
+) -> Tensor:
+    """The same in packs, which layers compute in blocks of so many tokens; in memory unless another cache is given."""
+    module = loaded(folder)
+    cache = PackCache(layers_of(module)) if kept is None else kept
+    packed = PackedModel(module, torch.device("cpu"), block_tokens)
+    feed, found = tokens_of(folder, forced), []
+    rows = [TokenSequence(tokens=tokens_of(folder, text), capacity=0) for text in prompts]
+    with packed.attached(layers_in(module)):
+        for step, token in enumerate((*feed, None)):
+            pack = Pack()
+            for row in rows:
+                pack.add(row, wanted=1, is_prompt=step == 0)
+            found.append(packed.logits(pack, cache))
+            for row in rows:
+                row.cached = len(row.tokens)
+                row.tokens += [] if token is None else [token]
+    return torch.stack(found, dim=1)
+
+
+def layers_in(module: Any) -> list[Any]:
+    """Its decoder layers."""
+    return [module.get_submodule(name) for name in layer_names(module)]
 
 
 @torch.inference_mode()

@@ -10,7 +10,8 @@ import pytest
 from ollm_service.core.options import KVCacheStrategy
 from ollm_service.core.passes import Applied
 from ollm_service.core.plan import PassId
-from tests.runner.commands import first_outcomes, make_command, results_of, run, texts, work_row
+from ollm_service.core.wire import Finished
+from tests.runner.commands import first_outcomes, make_command, only, results_of, run, texts, work_row
 from tests.runner.models import plain_greedy
 from workers.runner.engine import Engine
 
@@ -84,5 +85,5 @@ def test_generating_over_a_page_keeps_the_tokens(engine: Engine, llama: Path, tm
     resident = texts(engine, make_command(llama, rows))
     messages = run(engine, make_command(llama, rows, passes=(DISK,), kv=KVCacheStrategy.PAGED, cache_dir=tmp_path))
     assert {row: result.text for row, result in results_of(messages).items()} == resident
-    # Two layers, each with the prompt's page and two full pages of generated tokens.
-    assert "in 6 pages" in str(first_outcomes(messages)[DISK])
+    # Two rows in two layers, each with its prompt's page and two full pages of generated tokens.
+    assert only(messages, Finished).measured["kv_pages_written"] == 2 * 2 * 3

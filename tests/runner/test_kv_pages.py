@@ -3,107 +3,147 @@
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
+from ollm_service.core.packing import MOST_TRIED_TOKENS
 from workers.runner.kv.folder import PrivateFolder, delete_orphans
-from workers.runner.kv.paged import PagedLayer
-from workers.runner.kv.pages import PageFile, Raw
+from workers.runner.kv.layer import Arrival, HistoryLayer
+from workers.runner.kv.paged import PagedLayer, SharedRoom
+from workers.runner.kv.pages import Page, PageFile, Raw
+from workers.runner.kv.resident import ResidentLayer
 from workers.runner.kv.traffic import Traffic
+from workers.runner.packed.pack import TokenSequence
 
 
-def read_back(file: PageFile, like: tuple[Tensor, Tensor], rows: int) -> tuple[Tensor, Tensor]:
-    """All tokens of the file, in tensors like these."""
-    keys, values = (part.new_empty((rows, part.shape[1], file.tokens, part.shape[-1])) for part in like)
-    file.read(keys, values)
+def read_back(file: PageFile, page: Page, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A page's tokens, in tensors like these."""
+    keys, values = (part.new_empty((part.shape[0], page.tokens, part.shape[-1])) for part in like)
+    file.read(page, keys, values)
     return keys, values
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_pages_hold_the_very_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
-    """What is read back equals what was written, of the rows that are kept; the manifest says where each page lies."""
+    """What is read back equals what was written, also where another page's place was taken; the manifest says where each lies."""
     traffic = Traffic()
     file = PageFile(tmp_path, 3, traffic, Raw())
-    pages = [(torch.randn(4, 2, tokens, 8).to(dtype), torch.randn(4, 2, tokens, 6).to(dtype)) for tokens in (128, 5)]
-    for keys, values in pages:
-        file.append(keys, values)
-    file.select_rows(torch.tensor([3, 1, 0]))
-    file.select_rows(torch.tensor([0, 2]))
-    keys_read, values_read = read_back(file, pages[0], rows=2)
+    states = [(torch.randn(2, tokens, 8).to(dtype), torch.randn(2, tokens, 6).to(dtype)) for tokens in (128, 5, 128)]
+    pages = [file.write(*part, most_tokens=128) for part in states[:2]]
+    file.give_back(pages[0])
+    pages[0] = file.write(*states[2], most_tokens=128)
+    for page, part in zip(pages, (states[2], states[1]), strict=True):
+        keys, values = read_back(file, page, part)
+        assert torch.equal(keys, part[0])
+        assert torch.equal(values, part[1])
     file.close()
-    assert torch.equal(keys_read, torch.cat([keys for keys, _ in pages], dim=-2)[[3, 0]])
-    assert torch.equal(values_read, torch.cat([values for _, values in pages], dim=-2)[[3, 0]])
     header, *entries = map(json.loads, (tmp_path / "layer-003.jsonl").read_text().splitlines())
-    assert header == {"format": "ollm-kv-paged", "schema_version": 1, "layer": 3, "dtype": str(dtype).removeprefix("torch.")}
-    assert [entry["tokens"] for entry in entries] == [[0, 128], [128, 133]]
+    assert header == {"format": "ollm-kv-paged", "schema_version": 2, "layer": 3, "dtype": str(dtype).removeprefix("torch.")}
+    assert [entry["tokens"] for entry in entries] == [128, 5, 128]
+    assert entries[0]["offset"] == entries[2]["offset"] != entries[1]["offset"]
     data = (tmp_path / "layer-003.pages").read_bytes()
-    assert len(data) == traffic.bytes_written == sum(entry[part]["bytes"] for entry in entries for part in ("key", "value"))
+    assert traffic.bytes_written == sum(entry[part]["bytes"] for entry in entries for part in ("key", "value"))
     offset = entries[1]["offset"]
-    assert data[offset : offset + entries[1]["key"]["bytes"]] == bytes(pages[1][0].view(torch.uint8).flatten().tolist())
-
-
-def test_newest_tokens_are_forgotten_across_pages(tmp_path: Path) -> None:
-    """What is cropped is gone, its place is written again, and what came before it stays."""
-    file = PageFile(tmp_path, 0, Traffic(), Raw())
-    states = [torch.randn(2, 1, tokens, 4) for tokens in (8, 8, 3, 5)]
-    for part in states[:3]:
-        file.append(part, -part)
-    file.crop(9)
-    file.append(states[3], -states[3])
-    keys, values = read_back(file, (states[0], states[0]), rows=2)
-    file.close()
-    assert torch.equal(keys, torch.cat([states[0], states[1][..., :2, :], states[3]], dim=-2))
-    assert torch.equal(values, -keys)
-    assert (tmp_path / "layer-000.pages").stat().st_size == (8 + 8 + 5) * 2 * (2 * 4) * 4, "the third page's place"
+    assert data[offset : offset + entries[1]["key"]["bytes"]] == bytes(states[1][0].view(torch.uint8).flatten().tolist())
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_paged_layer_gives_what_a_resident_one_gives(tmp_path: Path, seed: int) -> None:
-    """Whatever comes at a time, is forgotten again, leaves, is there several times or changes places: the same history."""
+    """Whatever prompts come in however many blocks, whoever goes on, takes tokens back or leaves: the same histories."""
     chance = random.Random(seed)
     torch.manual_seed(seed)
-    paged = PagedLayer(PageFile(tmp_path, 0, Traffic(), Raw()))
-    resident: Any = DynamicLayer()  # type: ignore[no-untyped-call]  # transformers does not annotate it
-    rows = 3
-    for new in (chance.choice((1, 5, 300)), *(chance.choice((1, 1, 2, 60, 128, 200)) for _ in range(25))):
-        states = torch.randn(rows, 2, new, 4), torch.randn(rows, 2, new, 6)
-        for ours, theirs in zip(paged.update(*states), resident.update(*states), strict=True):
-            assert torch.equal(ours, theirs)
-        match chance.choice(("crop", "select", "repeat", "reorder", "go on", "go on")):
-            case "crop":
-                forgotten = chance.randrange(min(150, resident.get_seq_length()))
-                for layer in (paged, resident):
-                    layer.crop(-forgotten)
-            case "select" if rows > 1:
-                kept = torch.tensor(sorted(chance.sample(range(rows), rows - 1)))
-                for layer in (paged, resident):
-                    layer.batch_select_indices(kept)
-                rows -= 1
-            case "repeat" if rows < 4:
-                for layer in (paged, resident):
-                    layer.batch_repeat_interleave(2)
-                rows *= 2
-            case "reorder":
-                places = torch.tensor(chance.choices(range(rows), k=rows))
-                for layer in (paged, resident):
-                    layer.reorder_cache(places)
-        assert (paged.rows, paged.get_seq_length()) == (rows, resident.get_seq_length())
-        assert paged.get_mask_sizes(3) == resident.get_mask_sizes(3)
+    traffic = Traffic()
+    paged = PagedLayer(PageFile(tmp_path, 0, traffic, Raw()), traffic, SharedRoom(), rows=4, tokens=700)
+    layers: tuple[HistoryLayer, HistoryLayer] = (paged, ResidentLayer())
+    running: list[TokenSequence] = []
+    for _ in range(60):
+        if len(running) < 4 and chance.random() < 0.4:
+            running.append(TokenSequence(tokens=[], capacity=chance.choice((0, 50, 900))))
+            left = chance.choice((1, 5, 128, 300))
+            while left:
+                new = chance.choice((left, max(1, left // 2)))
+                left -= new
+                give(layers, running[-1], new, more=left, is_prompt=True)
+        for row in list(running):
+            newest = chance.choice((1, 1, 1, 2, MOST_TRIED_TOKENS + 1))
+            give(layers, row, newest)
+            if chance.random() < 0.3:
+                row.cached -= chance.randrange(newest)
+                for layer in layers:
+                    layer.truncate(row, row.cached)
+            if chance.random() < 0.1:
+                running.remove(row)
+                for layer in layers:
+                    layer.forget(row)
+    assert traffic.pages_written
     paged.close()
+
+
+def give(
+    layers: tuple[HistoryLayer, HistoryLayer], row: TokenSequence, new: int, more: int = 0, *, is_prompt: bool = False
+) -> None:
+    """Both layers get new tokens; they have the same history then."""
+    keys, values = torch.randn(2, new, 4), torch.randn(2, new, 6)
+    for layer in layers:
+        layer.append(Arrival(sequence=row, start=row.cached, is_prompt=is_prompt, more=more), keys, values)
+    row.cached += new
+    if is_prompt and row.cached == new:
+        return  # attention has a prompt's first tokens at hand
+    ours, theirs = (layer.history(row) for layer in layers)
+    assert ours.first == theirs.first == 0
+    assert torch.equal(ours.keys_HTD, theirs.keys_HTD)
+    assert torch.equal(ours.values_HTD, theirs.values_HTD)
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 16, 200])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_ring_keeps_the_newest_tokens_and_no_more(tmp_path: Path, window: int, seed: int) -> None:
+    """However many tokens come at a time; the file never holds more than the window and the pages at its two ends."""
+    chance = random.Random(seed)
+    traffic, tokens = Traffic(), 500
+    ring = PagedLayer(PageFile(tmp_path, 0, traffic, Raw()), traffic, SharedRoom(), rows=1, tokens=tokens, window=window)
+    row = TokenSequence(tokens=[], capacity=tokens)
+    prompt = chance.choice((1, window, 300))
+    keys, values = torch.randn(2, prompt, 4), torch.randn(2, prompt, 6)
+    ring.append(Arrival(sequence=row, start=0, is_prompt=True), keys, values)
+    for _ in range(150):
+        more = torch.randn(2, 1, 4), torch.randn(2, 1, 6)
+        ring.append(Arrival(sequence=row, start=keys.shape[1], is_prompt=False), *more)
+        keys, values = torch.cat([keys, more[0]], dim=1), torch.cat([values, more[1]], dim=1)
+        found = ring.history(row)
+        assert found.first == max(0, keys.shape[1] - window)
+        assert torch.equal(found.keys_HTD, keys[:, found.first :])
+        assert torch.equal(found.values_HTD, values[:, found.first :])
+        assert traffic.tokens_evicted == found.first
+    page = min(128, tokens)
+    assert (tmp_path / "layer-000.pages").stat().st_size <= (window + 2 * page) * 2 * (4 + 6) * 4
+    ring.close()
+
+
+def test_layers_of_sliding_attention_keep_their_window_alone() -> None:
+    """After any number of tokens at least the window is there, and at most twice as much."""
+    layer, row, keys = ResidentLayer(window=10), TokenSequence(tokens=[], capacity=500), torch.empty(1, 0, 4)
+    for new in (33, 1, 1, 5, 1, *[1] * 40, 12, *[3] * 20):
+        more = torch.randn(1, new, 4)
+        keys = torch.cat([keys, more], dim=1)
+        layer.append(Arrival(sequence=row, start=keys.shape[1] - new, is_prompt=False), more, -more)
+        found = layer.history(row)
+        assert found.keys_HTD.shape[1] >= min(keys.shape[1], 10 - 1 + new)
+        assert found.keys_HTD.shape[1] <= max(new + 9, 20)
+        assert torch.equal(found.keys_HTD, keys[:, found.first :])
+        assert torch.equal(found.values_HTD, -found.keys_HTD)
 
 
 def test_a_truncated_page_file_is_an_error(tmp_path: Path) -> None:
     """A file that lost bytes is never read as if it were whole."""
     file = PageFile(tmp_path, 0, Traffic(), Raw())
-    states = torch.zeros(1, 1, 4, 8)
-    file.append(states, states)
+    states = torch.zeros(1, 4, 8)
+    page = file.write(states, states, most_tokens=4)
     (tmp_path / "layer-000.pages").write_bytes(b"")
     with pytest.raises(OSError, match="ends 0 bytes into a read of 128"):
-        read_back(file, (states, states), rows=1)
+        read_back(file, page, (states, states))
     file.close()
 
 

@@ -7,34 +7,36 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
 
 from ollm_service.core.estimates import PAGE_TOKENS
 from ollm_service.core.options import KVCacheStrategy
+from ollm_service.core.packing import MOST_TRIED_TOKENS
 from ollm_service.core.plan import PassId
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.wire import AttemptFailed, BatchDone, Execute, Message, SpecializationFailed
 from ollm_service.inspection import DigestCache, inspect_models
 from tests.runner.commands import make_command, of_kind, only, results_of, run, work_row
-from tests.runner.forcing import loaded
+from tests.runner.forcing import layers_in, loaded
 from workers.runner.engine import Engine
+from workers.runner.kv.cache import PackCache, layers_of
 from workers.runner.kv.files import LayerFile, free_bytes
-from workers.runner.kv.paged import Paged
-from workers.runner.kv.quantized import QuantizedColdTier
-from workers.runner.kv.ring import SlidingWindowRingBuffer
-from workers.runner.kv.strategy import Strategy, cache_in_files
+from workers.runner.kv.quantized import Int8
+from workers.runner.kv.strategy import FileStrategy, cache_in_files
 from workers.runner.kv.traffic import Traffic
+from workers.runner.packed.attachment import PackedModel
+from workers.runner.packed.pack import Pack, TokenSequence
 
 IN_FILES = (
     KVCacheStrategy.PAGED,
     KVCacheStrategy.QUANTIZED_COLD_TIER,
     KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER,
 )
-STRATEGIES: list[Strategy] = [Paged(), QuantizedColdTier(), SlidingWindowRingBuffer(64)]
+STRATEGIES = {"paged": FileStrategy(), "int8": FileStrategy(encoding=Int8()), "ring": FileStrategy(window=64)}
 KIB = 1024
 
 
@@ -84,8 +86,8 @@ def test_room_is_taken_for_the_longest_that_rows_may_become(
     engine: Engine, llama: Path, small_disk: Path, kv: KVCacheStrategy
 ) -> None:
     """What fits runs; what might not, at the end of its answer, does not start."""
-    # 340 tokens, or 256 in the ring, of which int8 makes a quarter and a scale for each of the profile's "heads".
-    fitting = {KVCacheStrategy.PAGED: 1_400, KVCacheStrategy.QUANTIZED_COLD_TIER: 1_200}.get(kv, 1_900)
+    # 340 tokens and a page; int8 makes of them a quarter and a scale for each of the profile's "heads".
+    fitting = 850 if kv is KVCacheStrategy.QUANTIZED_COLD_TIER else 1_050
     fits = run(engine, command(llama, small_disk, kv, kv_bytes_per_token=fitting))
     assert results_of(fits)[0].completion_tokens == 40
     failure = only(run(engine, command(llama, small_disk, kv, kv_bytes_per_token=4 * fitting)), SpecializationFailed)
@@ -93,8 +95,8 @@ def test_room_is_taken_for_the_longest_that_rows_may_become(
     assert not list(small_disk.iterdir())
 
 
-def test_a_disk_that_fills_up_between_micro_batches_ends_the_attempt(engine: Engine, llama: Path, small_disk: Path) -> None:
-    """Rows that were answered stay so; the next ones have no room, and only the other's file is left."""
+def test_what_was_reserved_lasts_for_all_rows(engine: Engine, llama: Path, small_disk: Path) -> None:
+    """Another's files fill the disk after the first answer; rows that come later have their room all the same."""
     messages: list[Message] = []
 
     def report(message: Message) -> None:
@@ -102,11 +104,26 @@ def test_a_disk_that_fills_up_between_micro_batches_ends_the_attempt(engine: Eng
         if isinstance(message, BatchDone):
             fill(small_disk)
 
-    order = command(llama, small_disk, KVCacheStrategy.PAGED, kv_bytes_per_token=256, count=2)
-    engine.execute(order, report, threading.Event())
+    engine.execute(command(llama, small_disk, KVCacheStrategy.PAGED, kv_bytes_per_token=256, count=3), report, threading.Event())
+    assert all(result.error is None for result in results_of(messages).values())
+    assert len(results_of(messages)) == 3
+
+
+def test_a_disk_that_fills_up_after_answers_ends_the_attempt(engine: Engine, llama: Path, small_disk: Path) -> None:
+    """A model of which nothing is known has nothing reserved. What was answered stays so, and only the other's file is left."""
+    messages: list[Message] = []
+
+    def report(message: Message) -> None:
+        messages.append(message)
+        if isinstance(message, BatchDone):
+            fill(small_disk)
+
+    order = command(llama, small_disk, KVCacheStrategy.PAGED, kv_bytes_per_token=0, count=2)
+    longer = work_row(1, "y" * 900, max_new_tokens=2)  # more tokens of its own than the first has left places for
+    engine.execute(replace(order, rows=(order.rows[0], longer)), report, threading.Event())
     assert len(results_of(messages)) == 1
     failure = only(messages, AttemptFailed)
-    assert (failure.code, failure.error_type) == ("pass_failed", "NoRoomForCache")
+    assert (failure.code, failure.error_type) == ("pass_failed", "OSError")
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
@@ -134,49 +151,62 @@ def test_what_is_reserved_cannot_be_taken(small_disk: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma3", "qwen3-moe", "gpt-oss"])
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: type(strategy).__name__)
-def test_files_take_what_is_reserved_for_them(
-    families: Callable[[str], Path], tmp_path: Path, family: str, strategy: Strategy
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+def test_files_take_no_more_than_is_reserved_for_them(
+    families: Callable[[str], Path], tmp_path: Path, family: str, strategy: FileStrategy
 ) -> None:
-    """From a profile alone it is known to the byte what rows of so many tokens take."""
+    """From a profile alone it is known what rows of so many tokens take at most, to a page of each row."""
     model = families(family)
     (profile,) = (found for found in inspect_models(model.parent, DigestCache()) if found.path.name == model.name)
-    rows, tokens = 3, 150
-    with cache_in_files(loaded(model), strategy, tmp_path, Traffic()) as cache:
-        feed(loaded(model), cache, torch.randint(5, 90, (rows, tokens)))
+    rows, prompt, answer = 3, 150, 200
+    most = strategy.most_file_bytes(profile, rows, prompt + answer)
+    with cache_in_files(loaded(model), strategy, tmp_path, Traffic(), rows=rows, tokens=prompt + answer) as cache:
+        feed(loaded(model), cache, rows, prompt, answer)
         taken = sum(path.stat().st_size for path in tmp_path.iterdir() if path.suffix != ".jsonl")
-    assert taken == strategy.most_file_bytes(profile, rows, tokens) > 0
+    a_page = strategy.most_file_bytes(profile, rows, PAGE_TOKENS) // 2
+    assert most - 2 * a_page <= taken <= most
 
 
 def test_an_unknown_profile_reserves_nothing() -> None:
     """What is not known is not guessed."""
     unknown = ModelProfile(name="m", path=PurePosixPath("m"), digest="d")
-    assert [strategy.most_file_bytes(unknown, 8, 1000) for strategy in STRATEGIES] == [0, 0, 0]
+    assert [strategy.most_file_bytes(unknown, 8, 1000) for strategy in STRATEGIES.values()] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: type(strategy).__name__)
-def test_what_is_written_is_released(llama: Path, tmp_path: Path, strategy: Strategy) -> None:
-    """After the prompt nothing of it is in memory, and then at most room for the tail; a resident cache holds it all."""
-    tokens, a_token = torch.randint(5, 90, (2, 300)), 2 * 2 * 2 * 2 * 8 * 4
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+def test_what_is_written_is_released(llama: Path, tmp_path: Path, strategy: FileStrategy) -> None:
+    """After the prompt only room for the tails is in memory, and then one history of one layer; a resident cache holds all."""
+    rows, prompt, a_token = 2, 400, 2 * 2 * 2 * 8 * 4
     module = loaded(llama)
     before = live_bytes()
-    resident = DynamicCache(config=module.config)
-    feed(module, resident, tokens)
-    assert live_bytes() - before == 300 * a_token
-    del resident
-    with cache_in_files(module, strategy, tmp_path, Traffic()) as cache:
-        feed(module, cache, tokens)
-        assert live_bytes() == before
-        for position in range(5):
-            feed(module, cache, tokens[:, position : position + 1])
-        tail = 0 if isinstance(strategy, SlidingWindowRingBuffer) else PAGE_TOKENS
-        assert live_bytes() - before == tail * a_token
+    resident = PackCache(layers_of(module))
+    feed(module, resident, rows, prompt, 0)
+    assert live_bytes() - before == rows * prompt * a_token
+    resident.close()
+    tails = rows * (PAGE_TOKENS + MOST_TRIED_TOKENS + 1) * a_token
+    with cache_in_files(module, strategy, tmp_path, Traffic(), rows=rows, tokens=prompt + 5) as cache:
+        feed(module, cache, rows, prompt, 0)
+        assert live_bytes() - before == tails
+    (tmp_path / "again").mkdir()
+    with cache_in_files(module, strategy, tmp_path / "again", Traffic(), rows=rows, tokens=prompt + 5) as cache:
+        feed(module, cache, rows, prompt, 5)
+        assert live_bytes() - before <= tails + (prompt + 5 + PAGE_TOKENS) * a_token // 2
 
 
 @torch.inference_mode()
-def feed(module: torch.nn.Module, cache: Cache, tokens: Tensor) -> None:
-    """One forward pass."""
-    module(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+def feed(module: Any, cache: PackCache, rows: int, prompt: int, answer: int) -> None:
+    """Forward passes of a pack: over prompts of so many tokens, then over each further token."""
+    sequences = [TokenSequence(tokens=torch.randint(5, 90, (prompt,)).tolist(), capacity=0) for _ in range(rows)]
+    packed = PackedModel(module, torch.device("cpu"))
+    with packed.attached(layers_in(module)):
+        for step in range(1 + answer):
+            pack = Pack()
+            for one in sequences:
+                pack.add(one, wanted=1, is_prompt=step == 0)
+            packed.logits(pack, cache)
+            for one in sequences:
+                one.cached = len(one.tokens)
+                one.tokens.append(7)
 
 
 def live_bytes() -> int:

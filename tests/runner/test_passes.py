@@ -1,8 +1,7 @@
 """How do passes end, and what do they leave behind? Evidence from real forward passes, and no file."""
 
-import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from ollm_service.core.leasing import WorkRow
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
 from ollm_service.core.passes import Applied, Failed, NotNeeded
 from ollm_service.core.plan import PassId
-from ollm_service.core.wire import AttemptFailed, BatchDone, BatchStarted, Execute, Finished, Message, SpecializationFailed
-from tests.runner.commands import chat_row, first_outcomes, make_command, of_kind, only, results_of, run, work_row
+from ollm_service.core.wire import BatchDone, BatchStarted, Execute, Finished, Message, SpecializationFailed
+from tests.runner.commands import chat_row, first_outcomes, make_command, of_kind, only, results_of, run, texts, work_row
 from tests.runner.media_models import image_part
 from workers.runner.engine import Engine
 
@@ -76,23 +75,6 @@ def test_disk_cache_fails_before_any_row(engine: Engine, llama: Path, tmp_path: 
     assert failure.reason.startswith("disk-cache: ")
     assert failure.error_type == "FileExistsError"
     assert not of_kind(messages, BatchStarted)
-
-
-def test_a_pass_that_breaks_down_after_rows_were_reported_ends_the_attempt(engine: Engine, llama: Path, tmp_path: Path) -> None:
-    """What was reported under a pass cannot be taken back: when its files vanish later, the attempt fails."""
-    messages: list[Message] = []
-
-    def report(message: Message) -> None:
-        messages.append(message)
-        if isinstance(message, BatchDone):
-            shutil.rmtree(next(tmp_path.iterdir()))
-
-    rows = [work_row(index, "hello", max_new_tokens=3) for index in range(3)]
-    command = make_command(llama, rows, passes=(DISK,), kv=KVCacheStrategy.PAGED, cache_dir=tmp_path, micro_batch=1)
-    engine.execute(command, report, threading.Event())
-    assert len(results_of(messages)) == 1
-    failure = only(messages, AttemptFailed)
-    assert (failure.code, failure.error_type) == ("pass_failed", "FileNotFoundError")
 
 
 def test_disk_cache_needs_a_folder(engine: Engine, llama: Path) -> None:
@@ -168,3 +150,19 @@ def test_a_plan_whose_rows_are_all_refused_needs_no_pass(engine: Engine, llama: 
     """Where no row can run, every planned pass ends as not needed."""
     messages = run(engine, paged_command(llama, [work_row(0, None)], tmp_path, passes=(DISK, CHUNKS)))
     assert first_outcomes(messages) == {pass_id: NotNeeded(reason="no row could run") for pass_id in (DISK, CHUNKS)}
+
+
+def test_attention_is_replaced_where_transformers_computes_all_scores(
+    engine: Engine, families: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """GPT-OSS: one call for each layer of each pass, and the tokens of transformers' own attention. A llama needs none of it."""
+    pass_id = PassId.ATTENTION_REPLACEMENT
+    rows = [work_row(index, "x" * (30 + index), max_new_tokens=4) for index in range(3)]
+    messages = run(engine, make_command(families("gpt-oss"), rows, passes=(pass_id,)))
+    measured = only(messages, Finished).measured
+    assert measured["attention_calls"] == 4 * measured["passes"]
+    assert str(first_outcomes(messages)[pass_id]).count("calls in place of transformers' attention") == 1
+    plain = texts(engine, make_command(families("gpt-oss"), rows))
+    assert {row: result.text for row, result in results_of(messages).items()} == plain
+    outcome = first_outcomes(run(engine, make_command(families("llama"), rows, passes=(pass_id,))))[pass_id]
+    assert isinstance(outcome, NotNeeded)

@@ -104,13 +104,17 @@ def test_plans_run_one_after_another(runner: Runner, llama: Path) -> None:
 
 
 def test_rows_are_in_flight_before_their_results(runner: Runner) -> None:
-    """Each micro-batch is announced with its rows, and its results are those rows."""
+    """Rows are announced before they run, never more than may run together, and every result is of a row that was announced."""
     runner.channel.send(make_command(DEMO_MODEL, [work_row(index, "1+1=") for index in range(5)], micro_batch=2))
-    messages = runner.until_last()
-    batches = [message for message in messages if isinstance(message, BatchStarted | BatchDone)]
-    assert [type(message) for message in batches] == [BatchStarted, BatchDone] * 3
-    for started, done in zip(of_kind(batches, BatchStarted), of_kind(batches, BatchDone), strict=True):
-        assert set(started.rows) == {result.row for result in done.results}
+    announced: set[int] = set()
+    for message in runner.until_last():
+        match message:
+            case BatchStarted(rows=rows):
+                assert 0 < len(rows) <= 2
+                announced |= set(rows)
+            case BatchDone(results=results):
+                assert {result.row for result in results} <= announced
+    assert announced == set(range(5))
 
 
 def test_a_stop_is_heeded_in_the_middle(runner: Runner, llama: Path) -> None:
@@ -199,5 +203,6 @@ def test_a_crash_names_its_rows() -> None:
         runner.channel.send(make_command(DEMO_MODEL, rows, micro_batch=1))
         messages = runner.until_last()
         assert runner.process.wait(timeout=PATIENCE) == -signal.SIGSEGV
+    # The shortest prompt may have the longest answer, so it comes first.
     assert of_kind(messages, BatchStarted)[-1].rows == (1,)
-    assert set(results_of(messages)) == {2}
+    assert set(results_of(messages)) == {0}

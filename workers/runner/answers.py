@@ -11,6 +11,7 @@ from workers.runner.sampling import make_generator
 
 # A token of a stop string may be less than a character long: up to four bytes make one.
 _BYTES_PER_CHARACTER = 4
+NOT_A_NUMBER = "The model computed something that is not a number."
 
 
 class Answer:
@@ -39,6 +40,11 @@ class Answer:
     def last_token(self) -> int:
         """The newest token. Raises IndexError before the first."""
         return self._tokens[-1]
+
+    @property
+    def length(self) -> int:
+        """The tokens so far, an end token too."""
+        return len(self._tokens)
 
     def accept(self, token: int) -> None:
         """Take the next token."""
@@ -87,3 +93,9 @@ class Answer:
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def out_of_memory(row: EncodedRow) -> RowResult:
+    """The result of a row that does not fit even alone."""
+    message = f"Memory ran out on this row alone, with {len(row.tokens):,} prompt tokens."
+    return RowResult(row=row.row, prompt_tokens=len(row.tokens), error=RowError(code="generation_failed", message=message))

@@ -1,11 +1,10 @@
 """How do one plan's rows get through a loaded model, and what is reported on the way?"""
 
-import gc
+import time
 from collections.abc import Sequence
+from contextlib import closing
 
-import torch
-
-from ollm_service.core.leasing import RowError, RowResult
+from ollm_service.core.leasing import RowResult
 from ollm_service.core.passes import Failed, PassOutcome
 from ollm_service.core.plan import PassId, SpecializationState
 from ollm_service.core.wire import (
@@ -17,25 +16,27 @@ from ollm_service.core.wire import (
     Message,
     SpecializationFailed,
 )
-from workers.runner.batching import MicroBatches
 from workers.runner.interruptions import AttemptEnded, PassFailed
-from workers.runner.loops import generate
+from workers.runner.loops import loop_for
 from workers.runner.measurements import Measurements
-from workers.runner.memory import is_out_of_memory
 from workers.runner.model import LoadedModel, at_each_layer
 from workers.runner.passes.specialization import AppliedPasses, outcomes_after
-from workers.runner.progress import Pulse, Report
+from workers.runner.progress import REPORT_SECONDS, Pulse, Report
 from workers.runner.prompts import EncodedRow, encode_row
 
 
 class Attempt:
     """One Execute, from the loaded model to its last row."""
 
-    def __init__(self, command: Execute, report: Report, pulse: Pulse, bare_host_bytes: int = 0) -> None:
+    def __init__(
+        self, command: Execute, report: Report, pulse: Pulse, bare_host_bytes: int = 0, report_seconds: float = REPORT_SECONDS
+    ) -> None:
+        """Answers are reported at most so often, all that there are."""
         self.command = command
         self.report = report
         self.pulse = pulse
         self.measurements = Measurements(bare_host_bytes)
+        self._report_seconds = report_seconds
         self._has_reported_rows = False
 
     def run(self, model: LoadedModel, passes: AppliedPasses) -> Finished:
@@ -43,17 +44,32 @@ class Attempt:
         self.measurements.start_generating(model.device)
         runnable, refused = self._encode_rows(model)
         self.pulse.stage = "generating"
-        if refused and not runnable:
-            self._report_results(refused, passes.outcomes(has_run=False), passes)
-        batches = MicroBatches(runnable, most_rows=self.command.placement.micro_batch, suspects=self.command.suspects)
-        with at_each_layer(model, self.pulse):
-            while batches:
-                results = self._answer(model, batches)
-                if results is None:
-                    continue
-                # Rows that were refused beforehand travel with the first answers, once the passes have ended well.
-                self._report_results([*refused, *results], passes.outcomes(), passes)
-                refused = []
+        if not runnable:
+            if refused:
+                self._report_results(refused, passes.outcomes(has_run=False), passes)
+            return Finished(measured=self._measured(passes))
+        loop = loop_for(model, self.command.runtime_plan.backend_id)(
+            model,
+            runnable,
+            most_rows=self.command.placement.micro_batch,
+            suspects=self.command.suspects,
+            pulse=self.pulse,
+            measurements=self.measurements,
+            started=lambda rows: self.report(BatchStarted(rows=rows)),
+        )
+        # Rows that were refused beforehand travel with the first answers, once the passes have ended well.
+        held, answered, reported_at = refused, 0, -self._report_seconds
+        with at_each_layer(model, self.pulse), closing(loop.run()) as forward_passes:
+            for results in forward_passes:
+                held += results
+                answered += len(results)
+                if held and answered and time.monotonic() - reported_at >= self._report_seconds:
+                    self._report_results(held, passes.outcomes(), passes)
+                    held, reported_at = [], time.monotonic()
+                    if loop.in_flight:
+                        self.report(BatchStarted(rows=loop.in_flight))
+        if held:
+            self._report_results(held, passes.outcomes(), passes)
         return Finished(measured=self._measured(passes))
 
     def ending_of(self, end: PassFailed | AttemptEnded) -> Message:
@@ -114,35 +130,9 @@ class Attempt:
                     refused.append(result)
         return runnable, refused
 
-    def _answer(self, model: LoadedModel, batches: MicroBatches) -> list[RowResult] | None:
-        """The next micro-batch's results, or None when it was too large for the memory and was put back."""
-        batch = batches.take()
-        self.report(BatchStarted(rows=tuple(row.row for row in batch)))
-        try:
-            results = [answer.result() for answer in generate(model, batch, self.pulse, self.measurements)]
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            results = [] if len(batch) > 1 else [_out_of_memory(batch[0])]
-        if results:
-            self.measurements.count(results)
-            return results
-        # Outside the except clause, so that the error's frames no longer hold the tensors.
-        self.measurements.halvings += 1
-        batches.halve(batch)
-        gc.collect()
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
-
     def _report_results(self, results: Sequence[RowResult], outcomes: dict[PassId, PassOutcome], passes: AppliedPasses) -> None:
         self.report(BatchDone(results=tuple(results), outcomes=outcomes, measured=self._measured(passes)))
         self._has_reported_rows = True
 
     def _measured(self, passes: AppliedPasses) -> dict[str, float]:
         return self.measurements.as_dict() | passes.measured()
-
-
-def _out_of_memory(row: EncodedRow) -> RowResult:
-    message = f"Memory ran out on this row alone, with {len(row.tokens):,} prompt tokens."
-    return RowResult(row=row.row, prompt_tokens=len(row.tokens), error=RowError(code="generation_failed", message=message))

@@ -3,15 +3,8 @@
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from ollm_service.core.options import GenerationConfig
 from workers.runner.prompts import EncodedRow
-
-Choice = tuple[float, float | None, int | None]
-
-
-def choice_of(generation: GenerationConfig) -> Choice:
-    """What rows of one micro-batch must share: temperature, top_p, top_k. Seeds, limits and stop strings are each row's own."""
-    return (0.0, None, None) if generation.is_greedy else (generation.temperature, generation.top_p, generation.top_k)
+from workers.runner.sampling import Choice, choice_of
 
 
 class MicroBatches:

@@ -1,8 +1,8 @@
 """In what order does the runner carry out a plan?
 
-Load the model unless it is warm; check and apply the passes; answer the rows in micro-batches, longest first; undo the passes.
-The first micro-batch's results are reported only when every planned pass has ended well: otherwise the pass's failure is reported
-instead, and nothing of the attempt is kept. A micro-batch that runs out of memory is halved and tried again.
+Load the model unless it is warm; check and apply the passes; answer the rows; undo the passes. The first results are reported
+only when every planned pass has ended well: otherwise the pass's failure is reported instead, and nothing of the attempt is
+kept.
 """
 
 import gc
@@ -20,16 +20,20 @@ from workers.runner.interruptions import AttemptEnded, PassFailed, StopRequested
 from workers.runner.memory import host_bytes, is_out_of_memory
 from workers.runner.model import LoadedModel
 from workers.runner.passes.specialization import AppliedPasses, SpecializationPass
-from workers.runner.progress import LoadWatch, Pulse, Report
+from workers.runner.progress import REPORT_SECONDS, LoadWatch, Pulse, Report
 
 PassSource = Callable[[LoadedModel, Execute], Sequence[SpecializationPass]]
 
 
 class Engine:
-    """Holds the warm model and carries out one plan at a time. `planned_passes` gives the passes that a plan names."""
+    """Holds the warm model and carries out one plan at a time.
 
-    def __init__(self, planned_passes: PassSource = native.planned_passes) -> None:
+    `planned_passes` gives the passes that a plan names; answers are reported every `report_seconds` at most.
+    """
+
+    def __init__(self, planned_passes: PassSource = native.planned_passes, report_seconds: float = REPORT_SECONDS) -> None:
         self._planned_passes = planned_passes
+        self._report_seconds = report_seconds
         self._model: LoadedModel | None = None
         self._passes = AppliedPasses(())
         self._bare_host_bytes = 0
@@ -40,7 +44,7 @@ class Engine:
         Raises whatever else goes wrong; the passes are undone in any case.
         """
         self._bare_host_bytes = self._bare_host_bytes or host_bytes()  # the first plan finds a process without a model
-        attempt = Attempt(command, report, Pulse(report, stop), self._bare_host_bytes)
+        attempt = Attempt(command, report, Pulse(report, stop), self._bare_host_bytes, self._report_seconds)
         try:
             last = self._carry_out(attempt)
         finally:

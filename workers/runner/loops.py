@@ -1,19 +1,17 @@
-"""Which loop answers a micro-batch? That depends on how the model takes its prompt."""
+"""Which loop answers a plan's rows? That depends on how the model takes its prompts."""
 
-from collections.abc import Sequence
-
-from workers.runner import decoding, encoder_decoder, own_generate
-from workers.runner.answers import Answer
-from workers.runner.measurements import Measurements
+from ollm_service.core.packing import runs_in_packs
+from workers.runner.encoder_decoder import EncoderDecoderLoop
 from workers.runner.model import LoadedModel
-from workers.runner.progress import Pulse
-from workers.runner.prompts import EncodedRow
+from workers.runner.own_generate import OwnGenerateLoop
+from workers.runner.packed.loop import PackedLoop
+from workers.runner.padded import PaddedLoop
 
 
-def generate(model: LoadedModel, rows: Sequence[EncodedRow], pulse: Pulse, measurements: Measurements) -> list[Answer]:
-    """Answer the rows, which share one way of choosing tokens. Raises StopRequested between steps."""
+def loop_for(model: LoadedModel, backend_id: str | None) -> type[PackedLoop | PaddedLoop]:
+    """In packs where the model can, else side by side, as its kind has it."""
     if model.has_encoder:
-        return encoder_decoder.generate(model, rows, pulse, measurements)
+        return EncoderDecoderLoop
     if model.feeds_itself:
-        return own_generate.generate(model, rows, pulse, measurements)
-    return decoding.generate(model, rows, pulse, measurements)
+        return OwnGenerateLoop
+    return PackedLoop if runs_in_packs(model.module.config.model_type, backend_id) else PaddedLoop

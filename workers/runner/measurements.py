@@ -26,8 +26,8 @@ class Measurements:
         self._completion_tokens = 0
         self._prefill_tokens = self._decode_tokens = self._decode_passes = 0
         self._prefill_seconds = self._decode_seconds = 0.0
-        self._micro_batches = 0
-        self._largest_micro_batch = 0
+        self._passes = self._most_rows = 0
+        self._shared_tokens = self._tried_tokens = 0
 
     def start_generating(self, device: torch.device) -> None:
         """Rates count from here."""
@@ -38,27 +38,37 @@ class Measurements:
             torch.cuda.reset_peak_memory_stats(device)
 
     def count(self, results: Sequence[RowResult]) -> None:
-        """Count a finished micro-batch."""
-        self._micro_batches += 1
-        self._largest_micro_batch = max(self._largest_micro_batch, len(results))
+        """Count rows that have ended."""
         self._prompt_tokens += sum(result.prompt_tokens for result in results)
         self._completion_tokens += sum(result.completion_tokens for result in results)
 
-    def count_pass(self, shape: Sequence[int], seconds: float) -> None:
-        """Count a forward pass over `shape` = (rows, new positions): prompts, or one token of each row."""
-        rows, positions = shape
-        if positions > 1:
-            self._prefill_tokens += rows * positions
-            self._prefill_seconds += seconds
-        else:
-            self._decode_tokens += rows
-            self._decode_seconds += seconds
+    def count_pass(
+        self, *, rows: int, prompt_tokens: int, new_tokens: int, seconds: float, shared_tokens: int = 0, tried_tokens: int = 0
+    ) -> None:
+        """Count a forward pass over `rows` rows, some of which joined with their prompts; the others got `new_tokens`.
+
+        Of the prompts `shared_tokens` need not be computed, since other rows have the same. `tried_tokens` were guessed
+        beforehand. A pass with both prompts and other rows counts as one of the latter, as long as those usually take, and as
+        prompts for the rest.
+        """
+        self._passes += 1
+        self._most_rows = max(self._most_rows, rows)
+        self._shared_tokens += shared_tokens
+        self._tried_tokens += tried_tokens
+        usual = self._decode_seconds / self._decode_passes if self._decode_passes else 0.0
+        of_steps = min(seconds, usual) if prompt_tokens else seconds
+        if prompt_tokens:
+            self._prefill_tokens += prompt_tokens
+            self._prefill_seconds += seconds - of_steps
+        if new_tokens and of_steps:
+            self._decode_tokens += new_tokens
+            self._decode_seconds += of_steps
             self._decode_passes += 1
 
     def as_dict(self) -> dict[str, float]:
         """Everything so far. `tokens_per_second` is generated tokens per second since generation started.
 
-        `prefill_tokens` are positions with their padding, `decode_tokens` those of rows that were still running.
+        `prefill_tokens` are those of prompts, also where others have computed them; `decode_tokens` what further passes gave.
         """
         seconds = max(time.monotonic() - self._started, 1e-9)
         peak = peak_host_bytes()
@@ -73,8 +83,10 @@ class Measurements:
             "decode_tokens": float(self._decode_tokens),
             "decode_seconds": self._decode_seconds,
             "decode_passes": float(self._decode_passes),
-            "micro_batches": float(self._micro_batches),
-            "largest_micro_batch": float(self._largest_micro_batch),
+            "passes": float(self._passes),
+            "largest_micro_batch": float(self._most_rows),
+            "shared_prompt_tokens": float(self._shared_tokens),
+            "tried_tokens": float(self._tried_tokens),
             "memory_halvings": float(self.halvings),
             "peak_host_bytes": float(peak),
         }

@@ -4,24 +4,25 @@ B rows, L new positions of each, T positions so far, V vocabulary.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from workers.runner.kv.cache import PackCache, layers_of
 from workers.runner.prompts import ReadsMedia
 from workers.runner.weights.streaming import LayerStream, layer_names
 
 
 class CacheSource(Protocol):
-    """Gives the KV cache of one micro-batch for as long as that runs."""
+    """Gives the KV cache of one attempt's rows, for as long as they run."""
 
-    def __call__(self, *, rows: int, tokens: int) -> AbstractContextManager[Cache]:
-        """For so many rows, of which none has more tokens than that at its end, padding included."""
+    def __call__(self, *, rows: int, tokens: int) -> AbstractContextManager[PackCache]:
+        """For so many rows at a time, of which none has more tokens than that at its end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +41,10 @@ class ModelKey:
 class LoadedModel:
     """A model of ours, with what is needed to run it. Passes change `module` and `open_cache`, and undo that again.
 
-    `context_limit` is in tokens, prompt and answer together; None where the model sets none. `open_cache` gives the KV cache of
-    one micro-batch for as long as that runs. `stream` brings the layers that are not kept on the device, if there are such.
-    `media` reads images and sounds, where a plan lets rows bring them. `feeds_itself`: only transformers' own `generate` knows
-    how its forward pass is fed.
+    `context_limit` is in tokens, prompt and answer together; None where the model sets none. `open_cache` gives the KV
+    cache of rows that run in packs. `stream` brings the layers that are not kept on the device, if there are such. `media` reads
+    images and sounds, where a plan lets rows bring them. `feeds_itself`: only transformers' own `generate` knows how its forward
+    pass is fed.
     """
 
     key: ModelKey
@@ -62,14 +63,9 @@ class LoadedModel:
     def __post_init__(self) -> None:
         self._accepted = frozenset(inspect.signature(self.module.forward).parameters)
 
-    def next_logits(
-        self, tokens_BL: Tensor, mask_BT: Tensor, positions_BL: Tensor, cache: Cache, media: Mapping[str, Tensor]
-    ) -> Tensor:
-        """Logits [B, V] of the token that follows the last position. Left-padded; padding is 0 in the mask.
-
-        `media` is what the rows bring besides their tokens, empty for all but the prompt's pass.
-        """
-        offered: dict[str, Any] = {"position_ids": positions_BL, "logits_to_keep": 1, **media}
+    def next_logits(self, tokens_BL: Tensor, mask_BT: Tensor, positions_BL: Tensor, cache: Cache) -> Tensor:
+        """Logits [B, V] of the token that follows the last position. Left-padded; padding is 0 in the mask."""
+        offered: dict[str, Any] = {"position_ids": positions_BL, "logits_to_keep": 1}
         extra = {name: value for name, value in offered.items() if name in self._accepted}
         output = self.module(input_ids=tokens_BL, attention_mask=mask_BT, past_key_values=cache, use_cache=True, **extra)
         logits_BV: Tensor = output.logits[:, -1, :]
@@ -94,8 +90,12 @@ def resident_cache(module: PreTrainedModel) -> CacheSource:
     """A KV cache that stays on the device."""
 
     @contextmanager
-    def opened(*, rows: int, tokens: int) -> Iterator[Cache]:  # noqa: ARG001 - it grows as it is filled
-        yield DynamicCache(config=module.config)
+    def opened(*, rows: int, tokens: int) -> Iterator[PackCache]:  # noqa: ARG001 - each row brings its own room
+        cache = PackCache(layers_of(module))
+        try:
+            yield cache
+        finally:
+            cache.close()
 
     return opened
 

@@ -17,48 +17,50 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from workers.runner.answers import Answer
-from workers.runner.batching import choice_of
-from workers.runner.decoding import accept, on_device
 from workers.runner.measurements import Measurements
-from workers.runner.model import LoadedModel
+from workers.runner.media.feeding import all_of
+from workers.runner.padded import PaddedLoop, accept
 from workers.runner.progress import Pulse
 from workers.runner.prompts import EncodedRow
-from workers.runner.sampling import choose_tokens
+from workers.runner.sampling import choice_of, choose_tokens
 
 
-@torch.inference_mode()
-def generate(model: LoadedModel, rows: Sequence[EncodedRow], pulse: Pulse, measurements: Measurements) -> list[Answer]:
-    """Answer the rows, which share one way of choosing tokens. Raises StopRequested between steps."""
-    answers: list[Answer] = []
-    for _, alike in groupby(sorted(rows, key=_company), key=_company):
-        answers += _answer(model, list(alike), pulse, measurements)
-    return answers
+class OwnGenerateLoop(PaddedLoop):
+    """The rows of one attempt, a micro-batch at a time."""
+
+    @torch.inference_mode()
+    def generate(self, rows: Sequence[EncodedRow]) -> list[Answer]:
+        """Answer the rows, which share one way of choosing tokens. Raises StopRequested between steps."""
+        answers: list[Answer] = []
+        for _, alike in groupby(sorted(rows, key=_company), key=_company):
+            answers += self._answer_alike(list(alike))
+        return answers
+
+    def _answer_alike(self, rows: Sequence[EncodedRow]) -> list[Answer]:
+        model = self.model
+        answers = [Answer(row, model.tokenizer, model.end_tokens) for row in rows]
+        tokens_BL = torch.tensor([row.tokens for row in rows], device=model.device)
+        steps = _Steps(answers, model.pad_token, self.pulse, self.measurements)
+        self.pulse()
+        model.module.generate(  # type: ignore[operator]  # transformers annotates a module's attribute
+            input_ids=tokens_BL,
+            attention_mask=torch.ones_like(tokens_BL),
+            **all_of(rows, model.module),
+            generation_config=GenerationConfig(  # type: ignore[no-untyped-call]  # transformers does not annotate it
+                max_new_tokens=max(row.max_new_tokens for row in rows),
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=None,
+                pad_token_id=model.pad_token,
+            ),
+            logits_processor=LogitsProcessorList([steps]),
+            stopping_criteria=StoppingCriteriaList([_UntilComplete(answers)]),
+        )
+        return answers
 
 
 def _company(row: EncodedRow) -> Any:
     return (-len(row.tokens), row.media_shapes)
-
-
-def _answer(model: LoadedModel, rows: Sequence[EncodedRow], pulse: Pulse, measurements: Measurements) -> list[Answer]:
-    answers = [Answer(row, model.tokenizer, model.end_tokens) for row in rows]
-    tokens_BL = torch.tensor([row.tokens for row in rows], device=model.device)
-    steps = _Steps(answers, model.pad_token, pulse, measurements)
-    pulse()
-    model.module.generate(  # type: ignore[operator]  # transformers annotates a module's attribute
-        input_ids=tokens_BL,
-        attention_mask=torch.ones_like(tokens_BL),
-        **on_device(rows, model.module),
-        generation_config=GenerationConfig(  # type: ignore[no-untyped-call]  # transformers does not annotate it
-            max_new_tokens=max(row.max_new_tokens for row in rows),
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=None,
-            pad_token_id=model.pad_token,
-        ),
-        logits_processor=LogitsProcessorList([steps]),
-        stopping_criteria=StoppingCriteriaList([_UntilComplete(answers)]),
-    )
-    return answers
 
 
 class _Steps(LogitsProcessor):
@@ -80,7 +82,12 @@ class _Steps(LogitsProcessor):
         chosen = choose_tokens(logits_BV, choice_of(kept[0].row.generation), [answer.generator for answer in kept])
         accept(kept, logits_BV, chosen)
         now = time.monotonic()
-        self._measurements.count_pass(tokens_BT.shape if self._is_first else (len(kept), 1), now - self._began)
+        self._measurements.count_pass(
+            rows=len(kept),
+            prompt_tokens=tokens_BT.numel() if self._is_first else 0,
+            new_tokens=0 if self._is_first else len(kept),
+            seconds=now - self._began,
+        )
         self._began, self._is_first = now, False
         self._pulse.tokens += len(kept)
         next_B = torch.full((scores_BV.shape[0],), self._pad_token, dtype=torch.long)

@@ -33,6 +33,15 @@ class EncodedRow:
     media: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Where tokens stand that see each other, from and to: those of an image, where the model has it so."""
+        marks = self.media.get("token_type_ids")
+        places = {} if marks is None else {place: None for place, mark in enumerate(marks[0].tolist()) if mark == 1}
+        starts = [place for place in places if place - 1 not in places]
+        ends = [place + 1 for place in places if place + 1 not in places]
+        return tuple(zip(starts, ends, strict=True))
+
+    @property
     def media_shapes(self) -> tuple[Any, ...]:
         """Equal for rows that can be fed together without padding; empty where there is only text."""
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(self.media.items()))

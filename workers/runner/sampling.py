@@ -8,7 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workers.runner.batching import Choice
+from ollm_service.core.options import GenerationConfig
+
+Choice = tuple[float, float | None, int | None]
+
+
+def choice_of(generation: GenerationConfig) -> Choice:
+    """What tokens that are chosen together must share: temperature, top_p, top_k. Seeds and limits are each row's own."""
+    return (0.0, None, None) if generation.is_greedy else (generation.temperature, generation.top_p, generation.top_k)
 
 
 def make_generator(seed: int | None) -> torch.Generator:

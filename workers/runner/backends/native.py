@@ -8,6 +8,7 @@ from ollm_service.core.plan import BackendId, PassId
 from ollm_service.core.wire import Execute
 from workers.runner.model import LoadedModel
 from workers.runner.passes.absent import AbsentPass
+from workers.runner.passes.attention_replacement import AttentionReplacement
 from workers.runner.passes.disk_cache import DiskCache
 from workers.runner.passes.layer_offload import LayerOffload
 from workers.runner.passes.mlp_chunking import MlpChunking
@@ -21,6 +22,7 @@ PASSES: Mapping[PassId, Callable[[LoadedModel, Execute], SpecializationPass]] = 
         PassId.GPU_OFFLOAD: partial(LayerOffload, PassId.GPU_OFFLOAD),
         PassId.MLP_CHUNKING: MlpChunking,
         PassId.MULTIMODAL_SHELL: MultimodalShell,
+        PassId.ATTENTION_REPLACEMENT: AttentionReplacement,
     }
 )
 

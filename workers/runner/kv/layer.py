@@ -1,42 +1,61 @@
-"""What is a cache layer that keeps files, to transformers and to us?"""
+"""What does one layer of a cache keep of each sequence, and how is it asked for it?
 
-from abc import abstractmethod
+H key heads, L new tokens, T tokens kept, D head width.
+"""
 
-import torch
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 
-class FileLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers does not annotate it
-    """In place of a layer that keeps its full history in memory. `rows` are those of the micro-batch, 0 before the first."""
+class Text(Protocol):
+    """A sequence to a cache: an identity, and the most tokens of its own that it is expected to have."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # transformers does not annotate it
-        self.rows = 0
+    capacity: int
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """The first states tell how many rows there are."""
-        super().lazy_initialization(key_states, value_states)
-        self.rows = key_states.shape[0]
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, in this order; a row that is named twice is there twice. Raises OSError."""
-        if self.is_initialized:
-            self.select_rows(indices)
-            self.rows = len(indices)
+class History(NamedTuple):
+    """Keys and values [H, T, D] of a sequence's tokens from number `first` on, which are good until the layer is used again."""
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Have each row so many times. Raises OSError."""
-        self.batch_select_indices(torch.arange(self.rows).repeat_interleave(repeats))
+    keys_HTD: Tensor
+    values_HTD: Tensor
+    first: int
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Have these rows. Raises OSError."""
-        self.batch_select_indices(beam_idx)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """New tokens of a sequence that has had `start` before.
+
+    Those of a prompt see all that came before them, and `more` of the same prompt come after them in the same pass.
+    """
+
+    sequence: Text
+    start: int
+    is_prompt: bool
+    more: int = 0
+
+
+class HistoryLayer(ABC):
+    """Keys and values of past tokens, in one layer."""
 
     @abstractmethod
-    def select_rows(self, rows_B: Tensor) -> None:
-        """Have these rows. Raises OSError."""
+    def append(self, arrival: Arrival, keys_HLD: Tensor, values_HLD: Tensor) -> None:
+        """Take in new tokens. Raises OSError."""
+
+    @abstractmethod
+    def history(self, sequence: Text) -> History:
+        """What the newest tokens of a sequence may attend to, themselves included. Raises OSError, KeyError."""
+
+    @abstractmethod
+    def truncate(self, sequence: Text, tokens: int) -> None:
+        """Forget the tokens behind the first `tokens`: those that the newest pass has tried in vain."""
+
+    @abstractmethod
+    def forget(self, sequence: Text) -> None:
+        """Keep nothing of the sequence."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close the files; deleting them is the folder's affair."""
+        """Keep nothing at all."""

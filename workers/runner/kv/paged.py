@@ -1,136 +1,184 @@
 """paged: how does a KV cache live in files instead of memory?
 
-Rules: after the prompt's forward pass all its keys and values are on disk; the tokens generated since are a tail in memory,
-written as soon as it fills a page. What is written is released. Attention needs a layer's whole history, so it is read back for
-the time of that layer's attention: the memory bound is one layer's history, not all of them.
+Rules: after a prompt's forward pass all its keys and values are on disk; the tokens generated since are a tail in memory,
+written as soon as they fill a page. What is written is released. Attention needs a sequence's whole history in a layer, so it
+is read back for the time of that sequence's attention: the memory bound is one sequence's history in one layer. A prompt that a
+layer computes in several blocks is in memory until the layer is done with it, and not read back for each.
 
-B rows, H key heads, L new tokens, T tokens so far, D head width; keys and values are [B, H, T, D].
+A window makes a ring of it: pages of which no token is among the newest `window` are given back, and their places written again.
+
+H key heads, L new tokens, T tokens so far, D head width.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections import deque
 
 from torch import Tensor
 
 from ollm_service.core.estimates import MOST_TAIL_BYTES, PAGE_TOKENS
-from ollm_service.core.profile import ModelProfile
-from workers.runner.kv.layer import FileLayer
-from workers.runner.kv.pages import Encoding, PageFile, Raw
+from ollm_service.core.packing import MOST_TRIED_TOKENS
+from workers.runner.kv.layer import Arrival, History, HistoryLayer, Text
+from workers.runner.kv.pages import Page, PageFile
+from workers.runner.kv.resident import Room
 from workers.runner.kv.traffic import Traffic
 
 
-class Paged:
-    """The strategy: every bit is kept, so that tokens stay those of a resident cache."""
+class _Kept:
+    """One sequence: pages on disk, oldest first, of which the first begins at token `first`, and the tail behind them."""
 
-    encoding: Encoding = Raw()
+    __slots__ = ("evicted", "first", "pages", "tail")
 
-    def most_file_bytes(self, profile: ModelProfile, rows: int, tokens: int) -> int:
-        """All of them."""
-        return rows * tokens * profile.kv_bytes_per_token
+    def __init__(self, tail: Room) -> None:
+        self.pages: deque[Page] = deque()
+        self.first = 0
+        self.evicted = 0
+        self.tail = tail
 
-    def layer(self, folder: Path, index: int, traffic: Traffic, reserved_bytes: int) -> "PagedLayer":
-        """A layer whose pages are files in `folder`. Raises OSError."""
-        return PagedLayer(PageFile(folder, index, traffic, self.encoding, reserved_bytes))
-
-    def evidence(self, traffic: Traffic) -> str:
-        """Bytes and pages."""
-        return f"{traffic.bytes_written:,} bytes written in {traffic.pages_written:,} pages"
-
-    def measured(self, traffic: Traffic) -> Mapping[str, float]:
-        """The pages."""
-        return {"kv_pages_written": float(traffic.pages_written)}
+    @property
+    def length(self) -> int:
+        """All tokens that there were."""
+        return self.tail.first + self.tail.used
 
 
-class PagedLayer(FileLayer):  # type: ignore[no-untyped-call]  # transformers does not annotate it
-    """One layer's cache: pages in a file and a tail of less than a page in memory.
+class PagedLayer(HistoryLayer):
+    """One layer's cache, for at most `rows` sequences of `tokens` tokens at a time, on which the size of its pages depends.
 
-    The tail has room for all of its tokens from the first on. As small tensors of their own, made in every step between the large
-    ones that come and go, they would pin the heap's holes, each too small for the next step's history: after 128 tokens a model
-    of 400 MiB held 300 more.
+    The buffer into which a history is read belongs to `shared_room`, which all layers of a cache have together.
     """
 
-    def __init__(self, pages: PageFile) -> None:
-        super().__init__()
-        self._pages = pages
-        self._room: tuple[Tensor, Tensor] | None = None
-        self._tail_tokens = 0
+    def __init__(
+        self, pages: PageFile, traffic: Traffic, shared_room: "SharedRoom", *, rows: int, tokens: int, window: int | None = None
+    ) -> None:
+        self._file = pages
+        self._traffic = traffic
+        self._rows, self._tokens = rows, tokens
+        self._shared_room = shared_room
+        self._window = window
+        self._page_tokens = 0
+        self._kept: dict[Text, _Kept] = {}
+        self._prompts: dict[Text, Room] = {}
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add new tokens; returns the whole history. Raises OSError when the disk fails."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self.get_seq_length() == 0:
-            self._write(key_states, value_states)
-            return key_states, value_states
-        if self._room is None:
-            self._room = _rooms(key_states, value_states)
-        history = self._history(key_states, value_states)
-        new, most = key_states.shape[-2], self._room[0].shape[-2]
-        if self._tail_tokens + new > most:
-            self._spill()
-        if new > most:
-            self._write(key_states, value_states)
-            return history
-        for room, states in zip(self._room, (key_states, value_states), strict=True):
-            room[..., self._tail_tokens : self._tail_tokens + new, :] = states
-        self._tail_tokens += new
-        if self._tail_tokens == most:
-            self._spill()
-        return history
+    def append(self, arrival: Arrival, keys_HLD: Tensor, values_HLD: Tensor) -> None:
+        """Take in new tokens; a page that was full before them is written now, since they may be taken back. Raises OSError."""
+        kept = self._kept.get(arrival.sequence)
+        if kept is None:
+            kept = self._kept[arrival.sequence] = self._new(keys_HLD, values_HLD)
+        if not arrival.is_prompt:
+            self._spill(kept)
+            kept.tail.add(keys_HLD, values_HLD)
+            self._evict(kept)
+            return
+        if arrival.start or arrival.more:
+            room = self._prompts.get(arrival.sequence)
+            if room is None:
+                room = self._prompts[arrival.sequence] = Room(keys_HLD, values_HLD, keys_HLD.shape[-2] + arrival.more)
+            room.add(keys_HLD, values_HLD)
+        new = keys_HLD.shape[-2]
+        done = self._skip(kept, arrival, new)
+        while done < new:
+            count = min(new - done, self._page_tokens - kept.tail.used)
+            kept.tail.add(keys_HLD[:, done : done + count], values_HLD[:, done : done + count])
+            done += count
+            self._spill(kept)
+        if not arrival.more and kept.tail.used:
+            self._write(kept, kept.tail.used)
+        self._evict(kept)
 
-    def get_seq_length(self) -> int:
-        """Tokens on disk and in memory."""
-        return self._pages.tokens + self._tail_tokens
+    def history(self, sequence: Text) -> History:
+        """All of a prompt that is being computed; else what is on disk, as far as it is in the window, and the tail."""
+        prompt = self._prompts.get(sequence)
+        if prompt is not None:
+            if prompt.used == prompt.capacity:
+                del self._prompts[sequence]
+            return prompt.history()
+        kept = self._kept[sequence]
+        tail_keys, tail_values, first_of_tail = kept.tail.history()
+        keys_HTD, values_HTD = self._shared_room.like(tail_keys, tail_values, kept.length - kept.first)
+        at = 0
+        for page in kept.pages:
+            self._file.read(page, keys_HTD[:, at : at + page.tokens], values_HTD[:, at : at + page.tokens])
+            at += page.tokens
+        assert kept.first + at == first_of_tail
+        keys_HTD[:, at:], values_HTD[:, at:] = tail_keys, tail_values
+        unseen = 0 if self._window is None else max(0, keys_HTD.shape[1] - self._window)
+        return History(keys_HTD[:, unseen:], values_HTD[:, unseen:], kept.first + unseen)
 
-    def select_rows(self, rows_B: Tensor) -> None:
-        """Keep these rows, in this order."""
-        self._pages.select_rows(rows_B)
-        if self._room is not None:
-            self._room = self._room[0][rows_B], self._room[1][rows_B]
+    def truncate(self, sequence: Text, tokens: int) -> None:
+        """Forget the newest, which are all in the tail."""
+        kept = self._kept[sequence]
+        kept.tail.used = tokens - kept.tail.first
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest -`tokens_to_remove` tokens: as in transformers the number is negative. Raises OSError."""
-        of_tail = min(-tokens_to_remove, self._tail_tokens)
-        self._tail_tokens -= of_tail
-        if -tokens_to_remove > of_tail:
-            self._pages.crop(-tokens_to_remove - of_tail)
+    def forget(self, sequence: Text) -> None:
+        """Give the sequence's pages back."""
+        self._prompts.pop(sequence, None)
+        kept = self._kept.pop(sequence, None)
+        for page in kept.pages if kept is not None else ():
+            self._file.give_back(page)
 
     def close(self) -> None:
-        """Close the files."""
-        self._pages.close()
+        """Close the files; deleting them is the folder's affair."""
+        self._kept.clear()
+        self._prompts.clear()
+        self._file.close()
 
-    def _history(self, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Everything so far and the new tokens, each in one piece: nothing else of it is in memory but a page at a time."""
-        tokens = self.get_seq_length() + new_keys.shape[-2]
-        keys = new_keys.new_empty((*new_keys.shape[:2], tokens, new_keys.shape[-1]))
-        values = new_values.new_empty((*new_values.shape[:2], tokens, new_values.shape[-1]))
-        self._pages.read(keys, values)
-        start = self._pages.tokens
-        for part_keys, part_values in (self._tail(), (new_keys, new_values)):
-            end = start + part_keys.shape[-2]
-            keys[..., start:end, :], values[..., start:end, :] = part_keys, part_values
-            start = end
-        return keys, values
+    def _new(self, keys_HLD: Tensor, values_HLD: Tensor) -> _Kept:
+        if not self._page_tokens:
+            a_token = (keys_HLD.nbytes + values_HLD.nbytes) // keys_HLD.shape[-2]
+            self._page_tokens = max(1, min(PAGE_TOKENS, self._tokens, MOST_TAIL_BYTES // (a_token * self._rows)))
+        return _Kept(Room(keys_HLD, values_HLD, self._page_tokens + MOST_TRIED_TOKENS + 1))
 
-    def _tail(self) -> tuple[Tensor, Tensor]:
-        assert self._room is not None
-        return self._room[0][..., : self._tail_tokens, :], self._room[1][..., : self._tail_tokens, :]
+    def _spill(self, kept: _Kept) -> None:
+        """Write the page that the tail has filled, if it has."""
+        if kept.tail.used >= self._page_tokens:
+            self._write(kept, self._page_tokens)
 
-    def _spill(self) -> None:
-        if self._tail_tokens:
-            self._write(*self._tail())
-            self._tail_tokens = 0
+    def _write(self, kept: _Kept, tokens: int) -> None:
+        """Write the oldest tokens of the tail as a page."""
+        tail = kept.tail
+        kept.pages.append(self._file.write(tail.keys[:, :tokens], tail.values[:, :tokens], self._page_tokens))
+        rest = tail.used - tokens
+        for states in (tail.keys, tail.values) if rest else ():
+            states[:, :rest] = states[:, tokens : tail.used].clone()
+        tail.first, tail.used = tail.first + tokens, rest
 
-    def _write(self, keys: Tensor, values: Tensor) -> None:
-        for start in range(0, keys.shape[-2], PAGE_TOKENS):
-            end = start + PAGE_TOKENS
-            self._pages.append(keys[..., start:end, :], values[..., start:end, :])
+    def _skip(self, kept: _Kept, arrival: Arrival, new: int) -> int:
+        """How many of a prompt's new tokens need not be written, since no later token sees them."""
+        if self._window is None or kept.pages or kept.tail.used:
+            return 0
+        skipped = min(new, max(0, arrival.start + new + arrival.more - self._window - kept.length))
+        kept.first = kept.tail.first = kept.length + skipped
+        return skipped
+
+    def _evict(self, kept: _Kept) -> None:
+        """Give back the pages that no later token sees."""
+        if self._window is None:
+            return
+        out = max(0, kept.length - self._window)
+        self._traffic.tokens_evicted += out - kept.evicted
+        kept.evicted = out
+        while kept.pages and kept.first + kept.pages[0].tokens <= out:
+            page = kept.pages.popleft()
+            kept.first += page.tokens
+            self._file.give_back(page)
 
 
-def _rooms(keys_BHLD: Tensor, values_BHLD: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for the tail: a page, or as much of one as `MOST_TAIL_BYTES` allows."""
-    a_token = (keys_BHLD.nbytes + values_BHLD.nbytes) // keys_BHLD.shape[-2]
-    tokens = max(1, min(PAGE_TOKENS, MOST_TAIL_BYTES // a_token))
-    keys, values = (states.new_empty((*states.shape[:-2], tokens, states.shape[-1])) for states in (keys_BHLD, values_BHLD))
-    return keys, values
+class SharedRoom:
+    """A buffer for one history at a time. As tensors of their own, made and left in every layer of every pass, they would cost
+    the pages of memory anew each time.
+    """
+
+    def __init__(self) -> None:
+        self._room: Room | None = None
+
+    def like(self, keys_HLD: Tensor, values_HLD: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [H, tokens, D], of no content yet."""
+        room = self._room
+        if (
+            room is None
+            or room.capacity < tokens
+            or room.keys.shape[::2] != keys_HLD.shape[::2]
+            or room.values.shape[::2] != values_HLD.shape[::2]
+            or room.keys.dtype != keys_HLD.dtype
+        ):
+            self._room = None  # before the next is made, so that there is never more than one
+            room = self._room = Room(keys_HLD, values_HLD, tokens + PAGE_TOKENS)
+        return room.keys[:, :tokens], room.values[:, :tokens]

@@ -1,14 +1,15 @@
 """How do one layer's keys and values lie in a file, and how do they come back?
 
-`layer-NNN.pages` holds pages one after another, each the encoded bytes of its keys and then of its values, contiguous, in the
-machine's byte order. `layer-NNN.jsonl` is its manifest: a line that says what the file is, then a line a page. Files live as long
-as one micro-batch, so they hold neither prompts nor tokens nor checksums. No pickle.
+`layer-NNN.pages` has places of one size, each for a page: the encoded bytes of the keys of some tokens of one sequence and then
+of their values, contiguous, in the machine's byte order. A page that is given back leaves its place to another.
+`layer-NNN.jsonl` is the manifest: a line that says what the file is, then a line for each page that was written, in that order.
+Files live as long as one attempt's rows, so they hold neither prompts nor tokens nor checksums. No pickle.
 
-B rows, H key heads, N tokens of a page, T tokens so far, D head width.
+H key heads, N tokens of a page, D head width.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -19,19 +20,19 @@ from workers.runner.kv.files import LayerFile
 from workers.runner.kv.traffic import Traffic
 from workers.runner.raw import bytes_of, memory_of
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Encoding(Protocol):
-    """What of a tensor is written, and how that becomes a tensor again. Every part's first dimension is the rows."""
+    """What of a tensor is written, and how that becomes a tensor again."""
 
     format: str
 
-    def encode(self, states_BHND: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, states_HND: Tensor) -> tuple[Tensor, ...]:
         """The parts that are written, one after another."""
 
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """States [B, H, N, D] of that dtype."""
+        """States [H, N, D] of that dtype."""
 
 
 class Raw:
@@ -39,15 +40,15 @@ class Raw:
 
     format = "ollm-kv-paged"
 
-    def encode(self, states_BHND: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, states_HND: Tensor) -> tuple[Tensor, ...]:
         """The states."""
-        return (states_BHND,)
+        return (states_HND,)
 
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The states."""
-        (states_BHND,) = parts
-        assert states_BHND.dtype == dtype
-        return states_BHND
+        (states_HND,) = parts
+        assert states_HND.dtype == dtype
+        return states_HND
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,19 +59,17 @@ class _Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Page:
-    """Where one page lies. `tokens` may be fewer than were written; `rows` picks those still running, None: all."""
+class Page:
+    """Where one page lies, and of what its keys and values consist there."""
 
-    first_token: int
-    tokens: int
     offset: int
+    tokens: int
     keys: tuple[_Part, ...]
     values: tuple[_Part, ...]
-    rows: Tensor | None = None
 
 
 class PageFile:
-    """The pages of one layer, for one micro-batch."""
+    """The pages of one layer."""
 
     def __init__(self, folder: Path, layer: int, traffic: Traffic, encoding: Encoding, reserved_bytes: int = 0) -> None:
         """Raises OSError where the files cannot be made."""
@@ -78,78 +77,60 @@ class PageFile:
         self._layer = layer
         self._traffic = traffic
         self._encoding = encoding
-        self._pages: list[_Page] = []
         self._end = 0
+        self._given_back: list[int] = []
         self._dtype: torch.dtype | None = None
 
-    @property
-    def tokens(self) -> int:
-        """How many tokens lie in the file."""
-        return sum(page.tokens for page in self._pages)
+    def write(self, keys_HND: Tensor, values_HND: Tensor, most_tokens: int) -> Page:
+        """Write a page, in a place for one of `most_tokens` tokens, which is the same for all.
 
-    def append(self, keys_BHND: Tensor, values_BHND: Tensor) -> None:
-        """Write a page. Raises OSError, for one when the disk is full; ValueError when the dtype changes."""
+        Raises OSError, for one when the disk is full; ValueError when the dtype changes.
+        """
         if self._dtype is None:
-            self._dtype = keys_BHND.dtype
+            self._dtype = keys_HND.dtype
             name = str(self._dtype).split(".")[-1]
             self._file.note(format=self._encoding.format, schema_version=SCHEMA_VERSION, layer=self._layer, dtype=name)
-        if keys_BHND.dtype != self._dtype or values_BHND.dtype != self._dtype:
+        if keys_HND.dtype != self._dtype or values_HND.dtype != self._dtype:
             raise ValueError(f"a layer's pages are all {self._dtype}")
-        offset = self._end
-        page = _Page(
-            first_token=self.tokens,
-            tokens=keys_BHND.shape[-2],
-            offset=offset,
-            keys=self._write(keys_BHND),
-            values=self._write(values_BHND),
-        )
+        offset = self._given_back.pop() if self._given_back else self._end
+        keys, middle = self._put(keys_HND, offset)
+        values, end = self._put(values_HND, middle)
+        if offset == self._end:
+            self._end += (end - offset) // keys_HND.shape[-2] * most_tokens
+        page = Page(offset=offset, tokens=keys_HND.shape[-2], keys=keys, values=values)
         self._file.note(
-            tokens=[page.first_token, page.first_token + page.tokens],
+            tokens=page.tokens,
             offset=offset,
-            key={"shape": tuple(keys_BHND.shape), "bytes": _size(page.keys)},
-            value={"shape": tuple(values_BHND.shape), "bytes": _size(page.values)},
+            key={"shape": tuple(keys_HND.shape), "bytes": middle - offset},
+            value={"shape": tuple(values_HND.shape), "bytes": end - middle},
         )
-        self._pages.append(page)
-        self._traffic.bytes_written += self._end - offset
-        self._traffic.bytes_before_encoding += keys_BHND.nbytes + values_BHND.nbytes
+        self._traffic.bytes_written += end - offset
+        self._traffic.bytes_before_encoding += keys_HND.nbytes + values_HND.nbytes
         self._traffic.pages_written += 1
+        return page
 
-    def read(self, keys_BHTD: Tensor, values_BHTD: Tensor) -> None:
-        """Fill in all pages' tokens, oldest first, of the rows still running. Raises OSError when the file is too short."""
-        for page in self._pages:
-            span = slice(page.first_token, page.first_token + page.tokens)
-            keys_BHTD[..., span, :] = self._states(page, page.keys, page.offset, keys_BHTD.device)
-            values_BHTD[..., span, :] = self._states(page, page.values, page.offset + _size(page.keys), values_BHTD.device)
+    def read(self, page: Page, keys_HND: Tensor, values_HND: Tensor) -> None:
+        """Fill in a page's tokens. Raises OSError when the file is too short."""
+        keys_HND.copy_(self._get(page.keys, page.offset))
+        values_HND.copy_(self._get(page.values, page.offset + sum(part.size for part in page.keys)))
 
-    def select_rows(self, rows_B: Tensor) -> None:
-        """From now on read these rows, in this order, even one several times; they count among those that were read so far."""
-        rows = rows_B.cpu()
-        self._pages = [replace(page, rows=rows if page.rows is None else page.rows[rows]) for page in self._pages]
-
-    def crop(self, tokens: int) -> None:
-        """Forget so many of the newest tokens. Raises OSError."""
-        while tokens:
-            page = self._pages.pop()
-            if page.tokens > tokens:
-                self._pages.append(replace(page, tokens=page.tokens - tokens))
-                break
-            tokens -= page.tokens
-            self._end = page.offset
-        self._file.note(tokens_left=self.tokens)
+    def give_back(self, page: Page) -> None:
+        """Leave the page's place to another."""
+        self._given_back.append(page.offset)
 
     def close(self) -> None:
         """Close the files."""
         self._file.close()
 
-    def _write(self, states_BHND: Tensor) -> tuple[_Part, ...]:
+    def _put(self, states_HND: Tensor, offset: int) -> tuple[tuple[_Part, ...], int]:
         written = []
-        for part in self._encoding.encode(states_BHND):
-            self._end = self._file.write(bytes_of(part), self._end)
+        for part in self._encoding.encode(states_HND):
+            offset = self._file.write(bytes_of(part), offset)
             written.append(_Part(dtype=part.dtype, shape=tuple(part.shape), size=part.nbytes))
-        return tuple(written)
+        return tuple(written), offset
 
-    def _states(self, page: _Page, parts: Iterable[_Part], offset: int, device: torch.device) -> Tensor:
-        """Keys or values [B, H, N, D] of one page."""
+    def _get(self, parts: Iterable[_Part], offset: int) -> Tensor:
+        """Keys or values [H, N, D] of one page."""
         assert self._dtype is not None
         read = []
         for part in parts:
@@ -157,9 +138,5 @@ class PageFile:
             self._file.read(memory_of(tensor.view(-1).view(torch.uint8)), offset)
             offset += part.size
             self._traffic.bytes_read += part.size
-            read.append((tensor if page.rows is None else tensor[page.rows]).to(device))
-        return self._encoding.decode(read, self._dtype)[..., : page.tokens, :]
-
-
-def _size(parts: Iterable[_Part]) -> int:
-    return sum(part.size for part in parts)
+            read.append(tensor)
+        return self._encoding.decode(read, self._dtype)

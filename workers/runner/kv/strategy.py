@@ -1,60 +1,103 @@
-"""What is a KV cache strategy that keeps files, and how does it become the cache of one micro-batch?
+"""What is a KV cache strategy that keeps files, and how does it become the cache of one attempt's rows?
 
-A strategy gives each layer that would keep its full history a layer of its own. Layers that are bounded by themselves (sliding
+A strategy gives each layer that would keep its full history a layer in files. Layers that are bounded by themselves (sliding
 windows, recurrent states) stay in memory as they are.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
-from transformers import Cache, DynamicCache, PreTrainedModel
+import torch
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from ollm_service.core.estimates import PAGE_TOKENS, weight_element_bytes
 from ollm_service.core.profile import ModelProfile
-from workers.runner.kv.layer import FileLayer
+from workers.runner.kv.cache import PackCache, layers_of
+from workers.runner.kv.layer import HistoryLayer
+from workers.runner.kv.paged import PagedLayer, SharedRoom
+from workers.runner.kv.pages import Encoding, PageFile, Raw
+from workers.runner.kv.quantized import Int8
 from workers.runner.kv.traffic import Traffic
 
 
-class Strategy(Protocol):
-    """Where the keys and values of past tokens live."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileStrategy:
+    """How keys and values are written, and of how many of the newest tokens, None: of all.
+
+    `keeps_all`: what comes back is what was written, all of it.
+    """
+
+    encoding: Encoding = field(default_factory=Raw)
+    window: int | None = None
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether attention sees every bit of every token."""
+        return self.window is None and isinstance(self.encoding, Raw)
 
     def most_file_bytes(self, profile: ModelProfile, rows: int, tokens: int) -> int:
-        """What the files of `rows` rows of `tokens` tokens, padding included, take at most; 0 where the profile does not tell."""
+        """What the files of so many rows of so many tokens take at most; 0 where the profile does not tell.
 
-    def layer(self, folder: Path, index: int, traffic: Traffic, reserved_bytes: int) -> FileLayer:
-        """A new layer in place of layer `index`. Raises OSError."""
+        The page in which a prompt ends has the place of a full one, and in a ring so has that which is being left.
+        """
+        page = min(tokens, PAGE_TOKENS)
+        tokens = tokens + page if self.window is None else min(tokens, self.window + page) + page
+        if not isinstance(self.encoding, Int8):
+            return rows * tokens * profile.kv_bytes_per_token
+        # A byte for each element, and a scale for as many of them as a head is wide.
+        elements = profile.kv_bytes_per_token // weight_element_bytes(profile)
+        heads = max(1, profile.attention_heads)
+        scales = -(-elements // max(1, profile.attention_width // heads)) * torch.float32.itemsize
+        return rows * tokens * (elements + scales)
 
     def evidence(self, traffic: Traffic) -> str:
         """What it did, in words."""
+        done = f"{traffic.bytes_written:,} bytes written in {traffic.pages_written:,} pages"
+        if isinstance(self.encoding, Int8):
+            return f"{done} of int8, for {traffic.bytes_before_encoding:,} bytes of keys and values"
+        if self.window is not None:
+            return f"{done}; the newest {self.window:,} tokens kept, {traffic.tokens_evicted:,} evicted in all layers"
+        return done
 
     def measured(self, traffic: Traffic) -> Mapping[str, float]:
         """What it did, in numbers."""
+        pages = {"kv_pages_written": float(traffic.pages_written)}
+        return pages if self.window is None else {**pages, "kv_tokens_evicted": float(traffic.tokens_evicted)}
 
 
 def has_history(module: PreTrainedModel) -> bool:
     """Whether the model has layers that keep their full history."""
-    return any(map(_keeps_history, DynamicCache(config=module.config).layers))
+    return any(type(layer) is DynamicLayer for layer in DynamicCache(config=module.config).layers)
 
 
 @contextmanager
 def cache_in_files(
-    module: PreTrainedModel, strategy: Strategy, folder: Path, traffic: Traffic, reserved_bytes: int = 0
-) -> Iterator[Cache]:
-    """The cache of one micro-batch in `folder`, of whose disk so many bytes are reserved. Raises OSError without room."""
-    layers = DynamicCache(config=module.config).layers
-    replaced = [index for index, layer in enumerate(layers) if _keeps_history(layer)]
-    made: list[FileLayer] = []
+    module: PreTrainedModel,
+    strategy: FileStrategy,
+    folder: Path,
+    traffic: Traffic,
+    *,
+    rows: int,
+    tokens: int,
+    reserved_bytes: int = 0,
+) -> Iterator[PackCache]:
+    """The cache of at most `rows` rows of `tokens` tokens at a time, in `folder`, of whose disk so many bytes are reserved.
+
+    Raises OSError without room.
+    """
+    made: list[HistoryLayer] = []
+    shared_room = SharedRoom()
+
+    def in_file(index: int, count: int) -> HistoryLayer:
+        pages = PageFile(folder, index, traffic, strategy.encoding, -(-reserved_bytes // count))
+        made.append(PagedLayer(pages, traffic, shared_room, rows=rows, tokens=tokens, window=strategy.window))
+        return made[-1]
+
     try:
-        for index in replaced:
-            made.append(strategy.layer(folder, index, traffic, -(-reserved_bytes // len(replaced))))
-            layers[index] = made[-1]
-        yield Cache(layers=layers)
+        yield PackCache(layers_of(module, in_file), keeps_all=strategy.keeps_all)
     finally:
-        for one in made:
-            one.close()
-
-
-def _keeps_history(layer: object) -> bool:
-    return type(layer) is DynamicLayer
+        for layer in made:
+            layer.close()

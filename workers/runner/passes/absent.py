@@ -16,7 +16,6 @@ _NOT_HAD = "this runner does not have the pass"
 _INSTEAD: Mapping[PassId, str] = MappingProxyType(
     {
         PassId.MOE_ROUTING: "every expert is in memory",
-        PassId.ATTENTION_REPLACEMENT: f"{_NOT_HAD}; transformers' own attention serves",
         PassId.GDS_EXPORT_WEIGHTS: f"{_NOT_HAD}; the safetensors files serve",
     }
 )

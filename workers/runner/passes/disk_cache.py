@@ -1,24 +1,21 @@
 """disk-cache: the KV cache lives in files of our own, in a private folder that is deleted at the end of the attempt."""
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import Cache
-
 from ollm_service.core.estimates import USUAL_WINDOW_TOKENS
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
+from ollm_service.core.packing import runs_in_packs
 from ollm_service.core.passes import Applied, Failed, NotNeeded, PassOutcome
 from ollm_service.core.plan import PassId
 from ollm_service.core.wire import Execute
 from workers.runner.interruptions import PassFailed
+from workers.runner.kv.cache import PackCache
 from workers.runner.kv.files import free_bytes
 from workers.runner.kv.folder import PrivateFolder, delete_orphans
-from workers.runner.kv.paged import Paged
-from workers.runner.kv.quantized import QuantizedColdTier
-from workers.runner.kv.ring import SlidingWindowRingBuffer
-from workers.runner.kv.strategy import Strategy, cache_in_files, has_history
+from workers.runner.kv.quantized import Int8
+from workers.runner.kv.strategy import FileStrategy, cache_in_files, has_history
 from workers.runner.kv.traffic import Traffic
 from workers.runner.model import LoadedModel
 
@@ -36,7 +33,7 @@ class DiskCache:
         self._cache_dir = None if command.cache_dir is None else Path(command.cache_dir)
         self._resident = model.open_cache
         self._folder: PrivateFolder | None = None
-        self._micro_batches = 0
+        self._runs_in_packs = runs_in_packs(model.module.config.model_type, command.runtime_plan.backend_id)
         self._traffic = Traffic()
 
     def check(self) -> PassOutcome | None:
@@ -46,12 +43,14 @@ class DiskCache:
             return NotNeeded(reason=f"the KV cache stays in memory: {why}")
         if self._cache_dir is None:
             return Failed(reason="this worker has no cache folder", error_type="NoCacheFolder")
+        if not self._runs_in_packs:
+            return Failed(reason="the model's attention cannot read from files", error_type="NotPacked")
         if not has_history(self._model.module):
             return Failed(reason="no layer of the model keeps a full history", error_type="NothingToPage")
         return None
 
     def apply(self) -> None:
-        """Make the private folder; from now on each micro-batch's cache lives in it."""
+        """Make the private folder; from now on the cache lives in it."""
         assert self._cache_dir is not None
         try:
             delete_orphans(self._cache_dir)
@@ -81,22 +80,24 @@ class DiskCache:
         return {**moved, **self._strategy.measured(self._traffic)}
 
     @contextmanager
-    def _opened(self, *, rows: int, tokens: int) -> Iterator[Cache]:
+    def _opened(self, *, rows: int, tokens: int) -> Iterator[PackCache]:
         assert self._folder is not None
         assert self._strategy is not None
-        self._micro_batches += 1
-        path: Path | None = None
+        most = self._strategy.most_file_bytes(self._profile, rows, tokens)
         try:
-            path = self._folder.subfolder(f"batch-{self._micro_batches:06d}")
-            most = self._strategy.most_file_bytes(self._profile, rows, tokens)
-            self._check_room(path, most)
-            with cache_in_files(self._model.module, self._strategy, path, self._traffic, most) as cache:
+            self._check_room(self._folder.path, most)
+            with cache_in_files(
+                self._model.module,
+                self._strategy,
+                self._folder.path,
+                self._traffic,
+                rows=rows,
+                tokens=tokens,
+                reserved_bytes=most,
+            ) as cache:
                 yield cache
         except OSError as error:
             raise self._failed("the KV cache cannot be written or read back", error) from error
-        finally:
-            if path is not None:
-                shutil.rmtree(path, ignore_errors=True)
 
     def _check_room(self, folder: Path, most: int) -> None:
         free = free_bytes(folder)
@@ -108,14 +109,14 @@ class DiskCache:
         return PassFailed(self.pass_id, f"{what}: {error.strerror or error}", type(error).__name__)
 
 
-def _strategy_of(strategy: KVCacheStrategy, config: RuntimeConfig) -> Strategy | None:
+def _strategy_of(strategy: KVCacheStrategy, config: RuntimeConfig) -> FileStrategy | None:
     """How the files are kept; None: there are none."""
     match strategy:
         case KVCacheStrategy.RESIDENT:
             return None
         case KVCacheStrategy.PAGED:
-            return Paged()
+            return FileStrategy()
         case KVCacheStrategy.QUANTIZED_COLD_TIER:
-            return QuantizedColdTier()
+            return FileStrategy(encoding=Int8())
         case KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER:
-            return SlidingWindowRingBuffer(config.kv_cache_window_tokens or USUAL_WINDOW_TOKENS)
+            return FileStrategy(window=config.kv_cache_window_tokens or USUAL_WINDOW_TOKENS)

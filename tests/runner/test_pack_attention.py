@@ -1,0 +1,118 @@
+"""Does each sequence of a pack see exactly what it would see alone? Compared with all scores at once, in float64."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from workers.runner.kv.cache import PackCache
+from workers.runner.kv.resident import ResidentLayer
+from workers.runner.packed import attention
+from workers.runner.packed.attention import Rule, attend_in_pack
+from workers.runner.packed.pack import Pack, TokenSequence
+
+HEADS, KEY_HEADS, WIDTH = 4, 2, 8
+
+
+class Attention(nn.Module):
+    """What is known of a model's attention module: the number of its layer."""
+
+    layer_idx = 0
+
+
+class Text:
+    """A sequence with all of its queries, keys and values [heads, tokens, width], its parent's included."""
+
+    def __init__(self, tokens: int, parent: "Text | None" = None) -> None:
+        self.parent = parent
+        before: list[list[Tensor]] = [] if parent is None else [parent.states]
+        own = [torch.randn(heads, tokens, WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+        self.states: list[Tensor] = [torch.cat([*(one[part] for one in before), own[part]], dim=1) for part in range(3)]
+        self.sequence: TokenSequence = TokenSequence(
+            tokens=[0] * tokens, capacity=tokens, parent=None if parent is None else parent.sequence
+        )
+
+    def expected(self, window: int | None, cap: float | None, sinks: Tensor | None) -> Tensor:
+        """[own tokens, heads, width]: softmax of all scores, masked."""
+        query, key, value = (part.double() for part in self.states)
+        key, value = (part.repeat_interleave(HEADS // KEY_HEADS, dim=0) for part in (key, value))
+        scores = query @ key.transpose(1, 2) * 0.3
+        if cap is not None:
+            scores = (scores / cap).tanh() * cap
+        places = torch.arange(query.shape[1])
+        back = places.unsqueeze(-1) - places
+        seen = (back >= 0) & (back < (window or 10**9))
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.double().view(-1, 1, 1).expand(-1, len(places), 1)], dim=-1)
+        weights = scores.softmax(dim=-1)[..., : len(places)]
+        return (weights @ value).transpose(0, 1)[self.sequence.first_position :].float()
+
+
+def through_packs(texts: list[Text], chance: random.Random, block: int, rule: Rule) -> dict[int, Tensor]:
+    """Everything that the texts get while they go through packs, some tokens at a time, in blocks of so many."""
+    cache = PackCache([ResidentLayer(rule.window)])
+    found: dict[int, list[Tensor]] = {number: [] for number in range(len(texts))}
+    left = {number: len(text.sequence.tokens) for number, text in enumerate(texts)}
+    for text in texts:
+        text.sequence.tokens.clear()
+    while any(left.values()):
+        pack, who = Pack(), []
+        for number, text in enumerate(texts):
+            is_first = not text.sequence.cached
+            if text.parent is not None and left[texts.index(text.parent)]:
+                continue
+            if left[number] and (is_first or chance.random() < 0.7):
+                new = min(left[number], chance.choice((1, 1, 2, 3)) if not is_first else chance.choice((1, 7, 40, 99)))
+                text.sequence.tokens += [0] * new
+                pack.add(text.sequence, wanted=0, is_prompt=is_first)
+                left[number] -= new
+                who.append(number)
+        if not who:
+            continue
+        states = [_cut(texts, who, part) for part in range(3)]
+        for one in pack.blocks(block):
+            cache.block = one
+            query, key, value = (part[None, :, one.begin : one.end] for part in states)
+            cache.update(key, value, 0)
+            output, _ = attend_in_pack(
+                Attention(), query, key, value, None, 0.3, rule.window, rule.cap, s_aux=rule.sinks_A, pack_cache=cache
+            )
+            for segment in one.segments:
+                number = next(number for number, text in enumerate(texts) if text.sequence is segment.sequence)
+                found[number].append(output[0, segment.begin : segment.end])
+        for number in who:
+            texts[number].sequence.cached = len(texts[number].sequence.tokens)
+    return {number: torch.cat(parts) for number, parts in found.items()}
+
+
+def _cut(texts: list[Text], who: list[int], part: int) -> Tensor:
+    """The pack's states of one kind."""
+    pieces = []
+    for number in who:
+        sequence = texts[number].sequence
+        first = sequence.first_position
+        pieces.append(texts[number].states[part][:, first + sequence.cached : first + len(sequence.tokens)])
+    return torch.cat(pieces, dim=1)
+
+
+@pytest.mark.parametrize("block", [5, 64, 1000])
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    ("window", "cap", "has_sinks"), [(None, None, False), (9, None, False), (None, None, True), (30, 2.0, False), (9, None, True)]
+)
+def test_each_sequence_sees_its_own_history(
+    monkeypatch: pytest.MonkeyPatch, block: int, seed: int, window: int | None, cap: float | None, *, has_sinks: bool
+) -> None:
+    """However a pack is cut, with windows, caps and sinks, alone or behind a beginning that others share."""
+    torch.manual_seed(seed)
+    chance = random.Random(seed)
+    monkeypatch.setattr(attention, "MOST_CELLS", chance.choice((16, 500, 10**6)))
+    shared = Text(chance.choice((1, 20, 70)))
+    texts = [shared, *(Text(chance.choice((1, 2, 17, 60)), parent=chance.choice((None, shared, shared))) for _ in range(5))]
+    sinks = torch.randn(HEADS) if has_sinks else None
+    wanted = [text.expected(window, cap, sinks) for text in texts]
+    found = through_packs(texts, chance, block, Rule(scale=0.3, window=window, cap=cap, sinks_A=sinks))
+    for number, expected in enumerate(wanted):
+        assert torch.allclose(found[number], expected, atol=2e-5), f"text {number}"

@@ -1,0 +1,101 @@
+"""What is the cache that a pack's forward pass is given? A layer of ours for each of the model's, and the block that is computed.
+
+N tokens of the block, H key heads, D head width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from workers.runner.kv.layer import Arrival, HistoryLayer
+from workers.runner.kv.resident import ResidentLayer
+from workers.runner.kv.states import StateLayer
+from workers.runner.packed.pack import Block, TokenSequence
+
+FullLayers = Callable[[int, int], HistoryLayer]
+
+
+class PackCache(Cache):
+    """Keys and values of the sequences that run. `block` is what is being computed, set before each layer's forward.
+
+    `keeps_all`: every token that was given is kept, so that beginnings can be shared and tokens tried in advance.
+    """
+
+    def __init__(self, layers: Sequence[HistoryLayer | StateLayer], *, keeps_all: bool = True) -> None:
+        super().__init__(layers=[])
+        self.parts = list(layers)
+        self.block = Block(begin=0, end=0, segments=())
+        self.has_states = any(isinstance(part, StateLayer) for part in self.parts)
+        self.keeps_all = keeps_all
+        self.attention_calls = 0
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether tokens can be taken back."""
+        return self.keeps_all and not self.has_states
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand the block's keys and values [1, H, N, D] to their sequences. Raises OSError."""
+        layer = self.history_layer(layer_idx)
+        for one in self.block.segments:
+            arrival = Arrival(sequence=one.sequence, start=one.start, is_prompt=one.is_prompt, more=one.more)
+            layer.append(arrival, key_states[0, :, one.begin : one.end], value_states[0, :, one.begin : one.end])
+        return key_states, value_states
+
+    def history_layer(self, number: int) -> HistoryLayer:
+        """A layer of attention."""
+        layer = self.parts[number]
+        assert isinstance(layer, HistoryLayer), number
+        return layer
+
+    def state_layer(self, number: int) -> StateLayer:
+        """A layer of linear attention."""
+        layer = self.parts[number]
+        assert isinstance(layer, StateLayer), number
+        return layer
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - transformers' signature
+        """Nothing that a module could count on: positions are given."""
+        return 0
+
+    def truncate(self, sequence: TokenSequence) -> None:
+        """Forget the tokens behind those that count as cached."""
+        for part in self.parts:
+            if isinstance(part, HistoryLayer):
+                part.truncate(sequence, sequence.cached)
+
+    def forget(self, sequence: TokenSequence) -> None:
+        """Keep nothing of the sequence."""
+        for part in self.parts:
+            part.forget(sequence)
+
+    def close(self) -> None:
+        """Keep nothing at all."""
+        for part in self.parts:
+            part.close()
+
+
+def layers_of(module: PreTrainedModel, full: FullLayers | None = None) -> list[HistoryLayer | StateLayer]:
+    """A layer for each of the model's. Where it keeps its full history that is `full(index, count)`, or resident.
+
+    Raises TypeError for a kind of layer that is none of full, sliding and linear attention.
+    """
+    theirs = DynamicCache(config=module.config).layers
+    count, made = sum(type(layer) is DynamicLayer for layer in theirs), 0
+    layers: list[HistoryLayer | StateLayer] = []
+    for layer in theirs:
+        if type(layer) is DynamicLayer:
+            layers.append(full(made, count) if full is not None else ResidentLayer())
+            made += 1
+        elif isinstance(layer, DynamicSlidingWindowLayer):
+            layers.append(ResidentLayer(window=layer.sliding_window))
+        elif type(layer) is LinearAttentionLayer:
+            layers.append(StateLayer())
+        else:
+            raise TypeError(f"no cache for a {type(layer).__name__}")
+    return layers

@@ -1,0 +1,241 @@
+"""How does each sequence of a pack attend to its own history? This is the attention function of models that run in packs.
+
+transformers lets a model's attention be computed by any function that is registered under a name. Ours finds the queries of the
+whole block, which the model has computed in one piece, and what each sequence has in the cache. A lone sequence's part goes
+through torch's fused attention. What that cannot compute is computed here in pieces of bounded size, so that memory grows with
+the history and not with its square: a beginning that several sequences share, which their queries attend to together, sinks,
+capped scores.
+
+N tokens of the block, A query heads, H key heads, G = A / H, L queries of a sequence, T tokens of its history, D and E the
+widths of keys and of values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface
+
+from workers.runner.kv.cache import PackCache
+from workers.runner.kv.layer import History, HistoryLayer
+from workers.runner.packed.pack import Segment, by_parent
+
+NAME = "ollm-packed"
+# Scores or cells of a mask that are there at a time.
+MOST_CELLS = 16 * 1024**2
+# So few queries are laid out beside each other for each key head, which spares repeating the keys.
+_FEW_QUERIES = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """How scores are made, besides by products: their scale, how far back a token sees, a cap, and a sink for each head [A]."""
+
+    scale: float | None
+    window: int | None = None
+    cap: float | None = None
+    sinks_A: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether torch's fused attention can compute it."""
+        return self.cap is None and self.sinks_A is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What queries have seen of some keys: the average of the values [A, L, E], and the logarithm of the weights' sum [A, L]."""
+
+    average_ALE: Tensor
+    weight_AL: Tensor
+
+
+def attend_in_pack(  # noqa: PLR0913 - transformers' signature
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001 - each sequence sees its own history and nothing else
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    pack_cache: PackCache | None = None,
+    **_others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a block: queries [1, A, N, D] to averages of values [1, N, A, E]. Registered with transformers as `NAME`."""
+    assert pack_cache is not None, "a model that is attached to packs was run without one"
+    pack_cache.attention_calls += 1
+    rule = Rule(scale=scaling, window=sliding_window, cap=softcap, sinks_A=s_aux)
+    layer, segments = pack_cache.history_layer(_number_of(module)), pack_cache.block.segments
+    query_AND = query[0]
+    heads, tokens, _ = query_AND.shape
+    output_NAE = query.new_empty((tokens, heads, value.shape[-1]))
+    shared = _attend_to_parents(query_AND, segments, layer, rule)
+    for one in segments:
+        if one.is_prompt and one.start == 0:  # all that it has of its own is here
+            own = History(key[0, :, one.begin : one.end], value[0, :, one.begin : one.end], 0)
+        else:
+            own = layer.history(one.sequence)
+        found_ALE = _attend(query_AND[:, one.begin : one.end], one, own, rule, shared.get(one.begin))
+        output_NAE[one.begin : one.end] = found_ALE.transpose(0, 1)
+    return output_NAE.unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, attend_in_pack)
+
+
+def _number_of(module: nn.Module) -> int:
+    number = module.layer_idx
+    assert isinstance(number, int)
+    return number
+
+
+def _attend_to_parents(query_AND: Tensor, segments: Sequence[Segment], layer: HistoryLayer, rule: Rule) -> dict[int, Part]:
+    """What the segments see of the beginnings that they share, by the place where each begins."""
+    found: dict[int, Part] = {}
+    for parent, children in by_parent(segments):
+        keys_HTD, values_HTE, first = layer.history(parent)
+        queries = torch.cat([query_AND[:, one.begin : one.end] for one in children], dim=1)
+        positions = torch.cat([torch.arange(one.first_position, one.first_position + one.length) for one in children])
+        part = scored(queries, keys_HTD, values_HTE, rule, positions, parent.first_position + first)
+        lengths = [one.length for one in children]
+        averages, weights = torch.split(part.average_ALE, lengths, dim=1), torch.split(part.weight_AL, lengths, dim=1)
+        for one, average_ALE, weight_AL in zip(children, averages, weights, strict=True):
+            found[one.begin] = Part(average_ALE=average_ALE, weight_AL=weight_AL)
+    return found
+
+
+def _attend(query_ALD: Tensor, segment: Segment, own: History, rule: Rule, shared: Part | None) -> Tensor:
+    """Averages [A, L, E] of what one sequence's newest tokens see: their own history, and what they share."""
+    keys_HTD, values_HTE, first = own.keys_HTD, own.values_HTD, own.first + segment.sequence.first_position
+    if segment.is_prompt and segment.sequence.spans:
+        assert rule.is_plain and shared is None and own.first == segment.start == 0, "a prompt with images is one piece"  # noqa: PT018
+        return seeing_ahead(query_ALD, keys_HTD, values_HTE, rule, segment.sequence.spans)
+    if rule.is_plain and shared is None:
+        return fused(query_ALD, keys_HTD, values_HTE, rule, segment.first_position, first)
+    positions = torch.arange(segment.first_position, segment.first_position + segment.length)
+    part = scored(query_ALD, keys_HTD, values_HTE, rule, positions, first)
+    return combined([part] if shared is None else [shared, part], rule.sinks_A)
+
+
+def fused(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, position: int, first: int) -> Tensor:
+    """Torch's attention of queries from `position` on to keys from `first` on, the newest of which is the last query's own."""
+    length, window = query_ALD.shape[1], rule.window
+    if window is not None and position - first >= window:
+        unseen = position - first - window + 1
+        keys_HTD, values_HTE, first = keys_HTD[:, unseen:], values_HTE[:, unseen:], first + unseen
+    tokens, groups = keys_HTD.shape[1], query_ALD.shape[0] // keys_HTD.shape[0]
+    fits_window = window is None or tokens <= window
+    if length == 1 or (length == tokens and fits_window):
+        return functional.scaled_dot_product_attention(
+            query_ALD.unsqueeze(0),
+            keys_HTD.unsqueeze(0),
+            values_HTE.unsqueeze(0),
+            is_causal=length > 1,
+            scale=rule.scale,
+            enable_gqa=groups > 1,
+        )[0]
+    rows = max(1, MOST_CELLS // tokens)
+    if length > rows:
+        ends = [min(start + rows, length) for start in range(0, length, rows)]
+        starts = [0, *ends[:-1]]
+        seen = [tokens - length + end for end in ends]
+        pieces = [
+            fused(query_ALD[:, start:end], keys_HTD[:, :last], values_HTE[:, :last], rule, position + start, first)
+            for start, end, last in zip(starts, ends, seen, strict=True)
+        ]
+        return torch.cat(pieces, dim=1)
+    mask_LT = visible(torch.arange(position, position + length), first, tokens, window).to(query_ALD.device)
+    return _masked(query_ALD, keys_HTD, values_HTE, mask_LT, rule.scale)
+
+
+def _masked(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, mask_LT: Tensor, scale: float | None) -> Tensor:
+    heads, length, width = query_ALD.shape
+    groups = heads // keys_HTD.shape[0]
+    if groups > 1 and length <= _FEW_QUERIES:
+        query_ALD, mask_LT = query_ALD.reshape(-1, groups * length, width), mask_LT.repeat(groups, 1)
+    elif groups > 1:
+        keys_HTD, values_HTE = keys_HTD.repeat_interleave(groups, dim=0), values_HTE.repeat_interleave(groups, dim=0)
+    found = functional.scaled_dot_product_attention(
+        query_ALD.unsqueeze(0), keys_HTD.unsqueeze(0), values_HTE.unsqueeze(0), attn_mask=mask_LT, scale=scale
+    )
+    return found[0].reshape(heads, length, -1)
+
+
+def seeing_ahead(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Attention inside a whole prompt, of which the tokens of a span see each other, too, as far as the window reaches."""
+    tokens = keys_HTD.shape[1]
+    group_T = torch.full((tokens,), -1)
+    for number, (begin, end) in enumerate(spans):
+        group_T[begin:end] = number
+    place_T = torch.arange(tokens)
+    rows = max(1, MOST_CELLS // tokens)
+    pieces = []
+    for start in range(0, tokens, rows):
+        place_L, group_L = place_T[start : start + rows, None], group_T[start : start + rows, None]
+        mask_LT = (place_L >= place_T) | ((group_L == group_T) & (group_L >= 0))
+        if rule.window is not None:
+            mask_LT &= place_L - place_T < rule.window
+        mask_LT = mask_LT.to(query_ALD.device)
+        pieces.append(_masked(query_ALD[:, start : start + rows], keys_HTD, values_HTE, mask_LT, rule.scale))
+    return torch.cat(pieces, dim=1)
+
+
+def visible(positions_L: Tensor, first: int, tokens: int, window: int | None) -> Tensor:
+    """Which of the keys at positions `first`, `first` + 1, … each query sees: [L, T]."""
+    back_LT = positions_L.unsqueeze(-1) - torch.arange(first, first + tokens)
+    return back_LT >= 0 if window is None else (back_LT >= 0) & (back_LT < window)
+
+
+def scored(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, positions_L: Tensor, first: int) -> Part:
+    """The queries' part from these keys, at most `MOST_CELLS` scores at a time."""
+    heads, length, _ = query_ALD.shape
+    rows = max(1, MOST_CELLS // (heads * keys_HTD.shape[1]))
+    pieces = [
+        _scored_piece(query_ALD[:, start : start + rows], keys_HTD, values_HTE, rule, positions_L[start : start + rows], first)
+        for start in range(0, length, rows)
+    ]
+    if len(pieces) == 1:
+        return pieces[0]
+    return Part(
+        average_ALE=torch.cat([piece.average_ALE for piece in pieces], dim=1),
+        weight_AL=torch.cat([piece.weight_AL for piece in pieces], dim=1),
+    )
+
+
+def _scored_piece(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, positions_L: Tensor, first: int) -> Part:
+    heads, length, width = query_ALD.shape
+    key_heads, tokens, _ = keys_HTD.shape
+    scale = width**-0.5 if rule.scale is None else rule.scale
+    query_HRD = query_ALD.reshape(key_heads, -1, width) * scale
+    scores_HRT = (query_HRD @ keys_HTD.transpose(1, 2)).float()
+    if rule.cap is not None:
+        scores_HRT = (scores_HRT / rule.cap).tanh_().mul_(rule.cap)
+    is_ahead = first + tokens - 1 > int(positions_L.min())
+    is_behind = rule.window is not None and int(positions_L.max()) - first >= rule.window
+    if is_ahead or is_behind:
+        mask_LT = visible(positions_L, first, tokens, rule.window).to(scores_HRT.device)
+        scores_HRT.view(heads, length, tokens).masked_fill_(~mask_LT, -torch.inf)
+    weight_HR = scores_HRT.logsumexp(dim=-1)
+    # A query that sees none of the keys has no average of them; its weight of zero leaves it out.
+    shares_HRT = scores_HRT.sub_(weight_HR.clamp(min=torch.finfo(torch.float32).min).unsqueeze(-1)).exp_()
+    average_HRE = shares_HRT.to(values_HTE.dtype) @ values_HTE
+    return Part(average_ALE=average_HRE.reshape(heads, length, -1), weight_AL=weight_HR.reshape(heads, length))
+
+
+def combined(parts: Sequence[Part], sinks_A: Tensor | None) -> Tensor:
+    """The average over all parts [A, L, E]. A sink takes a share of the weight and adds nothing."""
+    weights = [part.weight_AL for part in parts]
+    if sinks_A is not None:
+        weights.append(sinks_A.float().unsqueeze(-1).expand_as(weights[0]))
+    elif len(parts) == 1:
+        return parts[0].average_ALE
+    shares_PAL1 = torch.stack(weights).softmax(dim=0).to(parts[0].average_ALE.dtype).unsqueeze(-1)
+    whole_ALE = parts[0].average_ALE * shares_PAL1[0]
+    for part, share_AL1 in zip(parts[1:], shares_PAL1[1:], strict=False):
+        whole_ALE += part.average_ALE * share_AL1
+    return whole_ALE
