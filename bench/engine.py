@@ -25,7 +25,8 @@ import torch
 import transformers
 
 from bench.estimates import make_tokenizer, words
-from ollm_service.core.estimates import Layout, estimate_memory
+from ollm_service.core.estimates import estimate_memory
+from ollm_service.core.layout import Layout
 from ollm_service.core.leasing import WorkRow
 from ollm_service.core.options import GenerationConfig, KVCacheStrategy, RuntimeConfig
 from ollm_service.core.placement import Placement, Tier
@@ -90,7 +91,11 @@ def ours(root: Path, rows: int, prompt: int, answer: int) -> dict[str, float]:
     planned = plan(profile.name, [HeldModel(profile=profile, workers=("bench",))], config).plan
     layers = tuple(range(profile.layer_count))
     estimate = estimate_memory(
-        profile, Layout(disk_layers=layers, is_sampled=False), rows=rows, tokens=prompt + answer, prompt_tokens=prompt
+        profile,
+        Layout(disk_layers=layers, is_sampled=False, is_packed=True),
+        rows=rows,
+        tokens=prompt + answer,
+        prompt_tokens=prompt,
     )
     command = Execute(
         plan_id="plan_bench",

@@ -30,7 +30,14 @@ from ollm_service.core.checkpoint import (
     shard_names,
 )
 from ollm_service.core.errors import MisconfiguredService, printable
-from ollm_service.core.gds_export import EXPORT_FOLDER, EXPORT_MANIFEST, PICKLE_SUFFIXES, export_problem
+from ollm_service.core.gds_export import (
+    EXPORT_FOLDER,
+    EXPORT_MANIFEST,
+    PICKLE_SUFFIXES,
+    export_problem,
+    origin_of,
+    source_digest,
+)
 from ollm_service.core.model_config import ModelConfig
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.tensors import Tensor
@@ -308,19 +315,26 @@ def _read_model(folder: _Folder, digests: DigestCache, is_stopped: Callable[[], 
         has_processor=any(name in files for name in PROCESSOR_FILES),
         has_chat_template=bool(tokenizer_config.get("chat_template")) or "chat_template.jinja" in files,
     )
-    problem = _export_problem(files)
+    problem = _export_problem(files, weights, digests, is_stopped)
     has_export = problem is None and EXPORT_MANIFEST in files
     export = [name for name in files if has_export and name.startswith(f"{EXPORT_FOLDER}/")]
     digest = _digest(files, (*weights, *export), digests, is_stopped)
     return replace(profile, digest=digest, has_gds_export=has_export, gds_export_problem=problem)
 
 
-def _export_problem(files: Mapping[str, Path]) -> str | None:
+def _export_problem(
+    files: Mapping[str, Path], weights: tuple[str, ...], digests: DigestCache, is_stopped: Callable[[], bool]
+) -> str | None:
     """Why the folder's raw export, if it has one, cannot be used; the model itself may still be."""
     if EXPORT_MANIFEST not in files:
         return None
     try:
-        return export_problem(parse_object(_read(files[EXPORT_MANIFEST], _LONGEST_INDEX), EXPORT_MANIFEST), files)
+        manifest = parse_object(_read(files[EXPORT_MANIFEST], _LONGEST_INDEX), EXPORT_MANIFEST)
+        sizes = {name: path.stat().st_size for name, path in files.items() if name.startswith(f"{EXPORT_FOLDER}/")}
+        source = None
+        if origin_of(manifest) is not None:
+            source = source_digest({name: digests.digest(files[name], is_stopped) for name in ("config.json", *weights)})
+        return export_problem(manifest, sizes, source)
     except BrokenCheckpoint as error:
         return str(error)
 

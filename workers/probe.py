@@ -22,7 +22,6 @@ from workers.host_memory import host_memory, private_bytes
 from workers.nvml import Gpu, Nvml, NvmlUnavailable, visible
 
 CPU_DTYPES = ("float64", "float32", "bfloat16", "float16")
-NOT_IN_THIS_ENGINE = "not in this version of the engine; it takes a worker with a later one"
 RUNNER_LIBRARIES = ("torch", "transformers", "safetensors")
 ADAPTER_LIBRARY = "peft"
 # WAV files need none beyond what the runner has anyway.
@@ -202,10 +201,9 @@ def _cuda_dtypes(compute_capability: tuple[int, int]) -> tuple[str, ...]:
 
 
 def _pass_reason(pass_id: PassId, no_cache_because: str | None) -> str | None:
-    if pass_id in (PassId.DISK_CACHE, PassId.CPU_OFFLOAD, PassId.GPU_OFFLOAD):
+    if pass_id in (PassId.DISK_CACHE, PassId.CPU_OFFLOAD, PassId.GPU_OFFLOAD, PassId.MOE_ROUTING):
         return no_cache_because
-    here = (PassId.MLP_CHUNKING, PassId.MULTIMODAL_SHELL, PassId.ATTENTION_REPLACEMENT)
-    return None if pass_id in here else NOT_IN_THIS_ENGINE
+    return None
 
 
 def _strategy_reason(strategy: KVCacheStrategy, no_cache_because: str | None) -> str | None:

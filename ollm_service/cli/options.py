@@ -16,6 +16,7 @@ from ollm_service.core.errors import InvalidOption, shown
 from ollm_service.core.labels import ANY
 from ollm_service.core.options import (
     CPU_OFFLOAD_POLICIES,
+    EXACT_LAYERS,
     KV_ADAPTATION_MODES,
     KV_LIFECYCLES,
     SELECTOR_PROFILES,
@@ -40,7 +41,7 @@ HELP: Mapping[str, str] = {
     "kv_cache_window_tokens": "Tokens of a bounded KV window.",
     "dense_projection_chunk_rows": "Rows of one chunk of the MLP.",
     "offload_cpu_layers": "Layers to keep in host memory.",
-    "offload_cpu_policy": f"Which layers those are: {', '.join(CPU_OFFLOAD_POLICIES)}.",
+    "offload_cpu_policy": f"Which layers those are: {', '.join(CPU_OFFLOAD_POLICIES)}, or by number, such as {EXACT_LAYERS}.",
     "offload_gpu_layers": "Layers to pin on the GPU first.",
     "max_new_tokens": "Most tokens of an answer.",
     "temperature": "0 takes the best token always.",

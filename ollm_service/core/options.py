@@ -25,10 +25,13 @@ SELECTOR_PROFILES = ("balanced", "latency", "capacity", "bounded-window")
 KV_LIFECYCLES = ("runtime-scoped", "persistent")
 KV_ADAPTATION_MODES = ("disabled", "observe-only", "automatic")
 CPU_OFFLOAD_POLICIES = ("auto", "prefix", "suffix", "middle-band")
+EXACT_LAYERS = "exact:0,3,5-7"  # how layers are named by number, from 0
 DEVICES = ("cpu", "cuda", "cuda:N", "mps")
 MOST_STOP_STRINGS = 4
 # Beyond any real count, and within what databases and tensors index with.
 LARGEST_COUNT = 2**31 - 1
+MOST_EXACT_LAYERS = 10_000
+_EXACT = re.compile(r"exact:(\d{1,4}(?:-\d{1,4})?(?:,\d{1,4}(?:-\d{1,4})?){0,999})", re.ASCII)
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d{1,3})?", re.ASCII)
 
 
@@ -37,8 +40,8 @@ class RuntimeConfig:
     """How the user wants the model to run; every default leaves the choice to the planner or the worker.
 
     A device, a backend, a KV strategy or window, chunk rows and offloaded layers are hard requirements when set; the rest is
-    preference. Raises InvalidOption naming
-    the field and the allowed values.
+    preference. An `offload_cpu_policy` that names layers, such as `exact:0,3,5-7`, says how many there are, too. Raises
+    InvalidOption naming the field and the allowed values.
     """
 
     device: str | None = None
@@ -68,12 +71,26 @@ class RuntimeConfig:
         _one_of("strategy_selector_profile", self.strategy_selector_profile, SELECTOR_PROFILES)
         _one_of("kv_cache_lifecycle", self.kv_cache_lifecycle, KV_LIFECYCLES)
         _one_of("kv_cache_adaptation_mode", self.kv_cache_adaptation_mode, KV_ADAPTATION_MODES)
-        _one_of("offload_cpu_policy", self.offload_cpu_policy, CPU_OFFLOAD_POLICIES)
+        self._check_policy()
         _at_least("kv_cache_window_tokens", self.kv_cache_window_tokens, 1)
         _at_least("dense_projection_chunk_rows", self.dense_projection_chunk_rows, 1)
         _at_least("offload_cpu_layers", self.offload_cpu_layers, 0)
         _at_least("offload_gpu_layers", self.offload_gpu_layers, 0)
         self._check_combinations()
+
+    def _check_policy(self) -> None:
+        if not self.offload_cpu_policy.startswith("exact"):
+            _one_of("offload_cpu_policy", self.offload_cpu_policy, (*CPU_OFFLOAD_POLICIES, EXACT_LAYERS))
+            return
+        count = len(self.exact_cpu_layers)
+        if not count:
+            problem = f"`{shown(self.offload_cpu_policy)}` names no layers, or one of them twice, or backwards"
+            raise InvalidOption("offload_cpu_policy", problem, allowed=(*CPU_OFFLOAD_POLICIES, EXACT_LAYERS))
+        if self.offload_cpu_layers not in (0, count):
+            raise InvalidOption(
+                "offload_cpu_layers", f"is {self.offload_cpu_layers}, and offload_cpu_policy names {count} layers"
+            )
+        object.__setattr__(self, "offload_cpu_layers", count)
 
     def _check_combinations(self) -> None:
         if self.backend == BackendId.OPTIMIZED_NATIVE and not self.use_specialization:
@@ -89,6 +106,19 @@ class RuntimeConfig:
             raise InvalidOption("offload_gpu_layers", "cannot be combined with offload_cpu_layers")
         if self.offload_cpu_layers and self.device == "cpu":
             raise InvalidOption("offload_cpu_layers", "has no meaning on device `cpu`")
+
+    @property
+    def exact_cpu_layers(self) -> tuple[int, ...]:
+        """The layers that are to be kept in host memory by number, in rising order; none where they were not named."""
+        found = _EXACT.fullmatch(self.offload_cpu_policy)
+        if found is None:
+            return ()
+        spans = [part.partition("-") for part in found[1].split(",")]
+        ranges = [range(int(first), int(last or first) + 1) for first, _, last in spans]
+        if not all(ranges) or sum(map(len, ranges)) > MOST_EXACT_LAYERS:
+            return ()
+        layers = sorted(layer for span in ranges for layer in span)
+        return tuple(layers) if len(set(layers)) == len(layers) else ()
 
     @property
     def demanded_kv_strategy(self) -> KVCacheStrategy | None:

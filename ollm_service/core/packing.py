@@ -10,6 +10,8 @@ from ollm_service.core.plan import BackendId
 
 # What a layer computes at a time; prompts' tokens in one pass, unless a single prompt has more.
 BLOCK_TOKENS, MOST_PACK_TOKENS = 1024, 8192
+# Scores, or cells of a mask, that are there at a time.
+MOST_CELLS = 4 * 1024**2
 # Tokens that are tried in advance: of one row, and of all rows together with their newest ones.
 MOST_TRIED_TOKENS, MOST_TRIED_IN_PASS = 15, 64
 PACKED_MODELS = frozenset(

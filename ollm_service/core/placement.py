@@ -16,6 +16,8 @@ The ladder of tiers, best first, on each device in turn, accelerators before the
   - In 3 and 4 rows go before layers. Where k of n layers of l bytes stay on the device, a token of each of B rows costs a
     transfer of (n - k)·l / B bytes; with room F for both and r bytes a row B is (F - k·l) / r, and (n - k) / (F - k·l) grows with
     k wherever not all layers fit (F < n·l). So as many rows as can be, then as many layers as still fit beside them.
+  - In 4 embedding and head stay on disk, too, where only so one row fits, or more rows than otherwise: each pass then reads the
+    head besides. With moe-routing layers pass without their experts.
   - What is usable is `USABLE_FRACTION` of what is free now, less what a runner takes before it has a model. The rest is for
     allocators that cut their memory into pieces, for other programs, and for what the estimate may be wrong by.
 
@@ -25,26 +27,22 @@ The ladder of tiers, best first, on each device in turn, accelerators before the
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import accumulate
 
 from ollm_service.core.capabilities import Capabilities, Device, LiveState
-from ollm_service.core.estimates import (
-    DEVICE_SLOTS,
-    HOST_SLOTS,
-    RUNTIME_BYTES,
-    USUAL_WINDOW_TOKENS,
-    Layout,
-    MemoryEstimate,
-    estimate_memory,
-)
+from ollm_service.core.estimates import RUNTIME_BYTES, MemoryEstimate, estimate_memory
 from ollm_service.core.kv_selector import KVChoice, select_kv_strategy
+from ollm_service.core.layout import USUAL_WINDOW_TOKENS, Layout
 from ollm_service.core.matching import able_devices
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
+from ollm_service.core.packing import runs_in_packs
+from ollm_service.core.passing import HOST_SLOTS, passing_experts, passing_layers, slots_of, tile_bytes, vocabulary_bytes
 from ollm_service.core.plan import PassId, RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements
 
 USABLE_FRACTION = 0.9
-MOST_ROWS = 64
+MOST_ROWS = 256
 MLP_CHUNK_ROWS = 16_384  # what mlp-chunking computes at a time unless told otherwise
 
 
@@ -95,6 +93,7 @@ class Placement:
 
     It holds for rows of up to `longest_row_tokens`, prompt and output together; a longer row is left unanswered here. The numbers
     of layers add up to the model's; `host_layers` and `disk_layers` name those that pass through the device, from 0.
+    `vocabulary_on_disk`: the rows of the input embedding and the output head are read from disk for each pass, too.
     """
 
     device_id: str
@@ -110,6 +109,7 @@ class Placement:
     layers_on_disk: int = 0
     host_layers: tuple[int, ...] = ()
     disk_layers: tuple[int, ...] = ()
+    vocabulary_on_disk: bool = False
 
     @property
     def process_bytes(self) -> int:
@@ -203,7 +203,15 @@ class _Request:
             window_tokens=self.config.kv_cache_window_tokens or USUAL_WINDOW_TOKENS,
             mlp_rows=mlp_rows,
             is_sampled=self.rows.are_sampled,
+            is_routed=self._is_routed,
+            is_packed=runs_in_packs(self.profile.model_type, self.plan.backend_id),
         )
+
+    @property
+    def _is_routed(self) -> bool:
+        """Whether layers that leave the device do so without their experts."""
+        is_planned = PassId.MOE_ROUTING in self.plan.specialization_pass_ids
+        return is_planned and self.capabilities.passes.get(PassId.MOE_ROUTING, "not known to this worker") is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,7 +356,10 @@ def _no_offload_because(room: _Room, tier: Tier) -> str | None:
     lacking = request.capabilities.passes.get(pass_id, "not known to this worker")
     if lacking is not None:
         return f"{pass_id}: {lacking}"
-    return None if request.profile.layer_bytes else "the model's layers cannot be told apart"
+    if not request.profile.layer_bytes:
+        return "the model's layers cannot be told apart"
+    beyond = [layer for layer in request.config.exact_cpu_layers if layer >= len(request.profile.layer_bytes)]
+    return f"layer {beyond[0]} was asked for, and the model has {len(request.profile.layer_bytes)}, from 0" if beyond else None
 
 
 def _try_whole(room: _Room, tier: Tier, strategy: KVCacheStrategy) -> _Found | RefusedTier:
@@ -365,9 +376,23 @@ def _try_whole(room: _Room, tier: Tier, strategy: KVCacheStrategy) -> _Found | R
 
 
 def _try_offloaded(room: _Room, tier: Tier, strategy: KVCacheStrategy) -> _Found | RefusedTier:
-    """Some layers pass through the device: first the most rows, then the fewest such layers."""
+    """Some layers pass through the device; the vocabulary, too, where that is the only way or gives more rows."""
     layout = replace(room.request.layout(room.device), kv=strategy)
-    counts = _Counts.of(room, from_disk=tier is Tier.LAYERS_FROM_DISK)
+    kept = _try_passing(room, tier, layout)
+    is_full = not isinstance(kept, RefusedTier) and kept[0] == room.request.most_rows
+    if is_full or tier is not Tier.LAYERS_FROM_DISK or not vocabulary_bytes(room.request.profile):
+        return kept
+    looked_up = _try_passing(room, tier, replace(layout, vocabulary_on_disk=True))
+    return max((kept, looked_up), key=lambda found: (_rows(found), -_needed(found)))
+
+
+def _rows(found: _Found | RefusedTier) -> int:
+    return 0 if isinstance(found, RefusedTier) else found[0]
+
+
+def _try_passing(room: _Room, tier: Tier, layout: Layout) -> _Found | RefusedTier:
+    """First the most rows, then the fewest layers that pass."""
+    counts = _Counts.of(room, layout, from_disk=tier is Tier.LAYERS_FROM_DISK)
     one_row = counts.fewest(room, room.estimate(layout, 1))
     if one_row is None:
         return room.refuse(tier, counts.nearest(room, room.estimate(layout, 1)))
@@ -390,34 +415,38 @@ class _Counts:
     """
 
     counts: Sequence[int]
-    bands: Sequence[range]
+    bands: Sequence[Sequence[int]]
     device: Sequence[int]
     host: Sequence[int]
     from_disk: bool
 
     @classmethod
-    def of(cls, room: _Room, *, from_disk: bool) -> "_Counts":
+    def of(cls, room: _Room, layout: Layout, *, from_disk: bool) -> "_Counts":
         """All numbers, or the one that was asked for."""
-        config, sizes = room.request.config, room.request.profile.layer_bytes
-        total, policy = len(sizes), config.offload_cpu_policy
+        config, profile = room.request.config, room.request.profile
+        total, policy = len(profile.layer_bytes), config.offload_cpu_policy
         counts: Sequence[int] = range(1, total + 1)
         if config.offload_cpu_layers:
             counts = (min(config.offload_cpu_layers, total),)
         elif room.request.has_demanded_layers:
             counts, policy = (total - config.offload_gpu_layers,), "suffix"
-        on_cpu = room.device.kind == "cpu"
-        bands = [offloaded_layers(total, count, policy) for count in counts]
-        sums = [0]
-        for size in sizes:
-            sums.append(sums[-1] + size)
-        device, host, largest = [], [], 0
-        for band in bands:
-            largest = max(largest, sizes[band.start], sizes[band.stop - 1])
-            if len(bands) == 1:
-                largest = max(sizes[band.start : band.stop])
-            left = sums[band.stop] - sums[band.start]
-            device.append(DEVICE_SLOTS * largest - left)
-            host.append(0 if on_cpu else HOST_SLOTS * largest if from_disk else left)
+        exact = config.exact_cpu_layers
+        bands: Sequence[Sequence[int]] = [exact] if exact else [offloaded_layers(total, count, policy) for count in counts]
+        sums = list(accumulate(profile.layer_bytes, initial=0))
+        left = [sums[band[-1] + 1] - sums[band[0]] for band in bands]
+        if len(bands) == 1:
+            left = [sum(profile.layer_bytes[layer] for layer in bands[0])]
+        whole = _largest(profile.layer_bytes, bands)
+        pieces = _largest(passing_layers(profile, is_routed=layout.is_routed), bands)
+        experts = _largest(passing_experts(profile, is_routed=layout.is_routed), bands)
+        on_disk = layout.vocabulary_on_disk
+        slots = [slots_of(profile, *sizes, vocabulary_on_disk=on_disk) for sizes in zip(pieces, experts, strict=True)]
+        if room.device.kind == "cpu":
+            host = [0] * len(bands)
+        else:
+            tile = tile_bytes(profile) * on_disk
+            host = [HOST_SLOTS * max(size, tile) for size in whole] if from_disk else left
+        device = [passing - gone for passing, gone in zip(slots, left, strict=True)]
         return cls(counts, bands, device, host, from_disk)
 
     def fewest(self, room: _Room, working: MemoryEstimate) -> int | None:
@@ -449,6 +478,14 @@ class _Counts:
         return replace(layout, host_layers=tuple(band[:kept]), disk_layers=tuple(band[kept:]))
 
 
+def _largest(sizes: Sequence[int], bands: Sequence[Sequence[int]]) -> list[int]:
+    """The largest of the sizes in each band; of several bands each has those of the one before and one more at its ends."""
+    found = [max(sizes[layer] for layer in bands[0])]
+    for band in bands[1:]:
+        found.append(max(found[-1], sizes[band[0]], sizes[band[-1]]))
+    return found
+
+
 def _placement(
     request: _Request, device: Device, tier: Tier, found: _Found, choice: KVChoice, refused: Sequence[RefusedTier]
 ) -> Placement:
@@ -471,4 +508,5 @@ def _placement(
         layers_on_disk=on_disk,
         host_layers=layout.host_layers,
         disk_layers=layout.disk_layers,
+        vocabulary_on_disk=layout.vocabulary_on_disk,
     )

@@ -5,6 +5,7 @@ from pathlib import PurePosixPath
 
 from ollm_service.core.content import MOST_IMAGE_TOKENS
 from ollm_service.core.plan import GenericModelKind, ModelModality, NativeFamily
+from ollm_service.core.tensors import ELEMENT_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +22,8 @@ class ModelProfile:
 
     Weights, as loaded in `dtype`: `weight_bytes` all of them; `layer_bytes` each decoder layer, routed experts included, empty
     where the layers cannot be told apart; `embedding_bytes` the input embeddings, positions among them; `head_bytes` the output
-    head, 0 where it is the embedding; `expert_bytes` all routed experts of all layers. The rest is towers, encoders and norms.
+    head, 0 where it is the embedding; `expert_bytes` all routed experts of all layers, `layer_expert_bytes` those of each. The
+    rest is towers, encoders and norms.
 
     What one row keeps: `kv_bytes_per_token` the layers of full attention, `sliding_kv_bytes_per_token` those that look back
     `sliding_window` tokens, `state_bytes_per_row` the recurrent and convolution states of layers without attention, and
@@ -57,6 +59,7 @@ class ModelProfile:
     embedding_bytes: int = 0
     head_bytes: int = 0
     expert_bytes: int = 0
+    layer_expert_bytes: tuple[int, ...] = ()
     expert_count: int = 0
     experts_per_token: int = 0
     kv_bytes_per_token: int = 0
@@ -83,6 +86,11 @@ class ModelProfile:
     def is_usable(self) -> bool:
         """Whether the folder is safe and complete enough to be loaded."""
         return self.unsafe_because is None
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one number in the dtype that the model computes in."""
+        return ELEMENT_BYTES.get(self.dtype or "", 4)
 
     @property
     def other_bytes(self) -> int:

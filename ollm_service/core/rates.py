@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import Any
 
 from ollm_service.core.capabilities import Device
-from ollm_service.core.estimates import weight_element_bytes
 from ollm_service.core.options import KVCacheStrategy
 from ollm_service.core.profile import ModelProfile
 
@@ -149,7 +148,7 @@ def probed_rate(profile: ModelProfile, device: Device, run: Run, *, disk_rate: f
     if not arithmetic or not memory_rate or not profile.weight_bytes:
         return None
     disk_seconds = 1 / disk_rate if disk_rate else 0.0  # a byte's
-    element = weight_element_bytes(profile)
+    element = profile.element_bytes
     routed = profile.experts_per_token / profile.expert_count if profile.expert_count else 0.0
     dense = max(0, _layer_bytes(profile) - profile.expert_bytes)
     head = profile.head_bytes or profile.embedding_bytes

@@ -7,6 +7,7 @@ from typing import Any
 
 from ollm_service.core.labels import parse_expression
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
+from ollm_service.core.passing import passing_layers
 from ollm_service.core.plan import ModelModality, PassId, RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.quantization import QUANTIZATION_LIBRARIES
@@ -117,10 +118,13 @@ def requirements_of(
 
 
 def _offloaded(plan: RuntimePlan, profile: ModelProfile) -> int:
-    """What has to be on the device where layers may come and go: the largest of them, or the whole where none can be told."""
+    """What has to be on the device where layers may come and go: the largest of them, or the whole where none can be told.
+
+    With moe-routing it may come without its experts.
+    """
     if not plan.supports_cpu_offload or not profile.layer_bytes:
         return profile.weight_bytes
-    return max(profile.layer_bytes)
+    return max(passing_layers(profile, is_routed=PassId.MOE_ROUTING in plan.specialization_pass_ids))
 
 
 def _kind(plan: RuntimePlan, profile: ModelProfile | None) -> str | None:

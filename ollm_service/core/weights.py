@@ -40,7 +40,12 @@ class Weights:
     layers: tuple[int, ...]
     embedding: int
     head: int
-    experts: int
+    layer_experts: tuple[int, ...]
+
+    @property
+    def experts(self) -> int:
+        """The routed experts of all layers."""
+        return sum(self.layer_experts)
 
 
 def weigh(tensors: Iterable[Tensor], config: ModelConfig, dtype: str | None) -> Weights:
@@ -65,6 +70,7 @@ def weigh(tensors: Iterable[Tensor], config: ModelConfig, dtype: str | None) -> 
     if not any(tensor.name.endswith("weight") for tensor in embeddings):
         embeddings, heads = heads, []  # the one matrix of a tied pair may bear either name
     in_layers = [tensor for layer in layers for tensor in layer]
+    routed = [[tensor for tensor in layer if _is_routed(tensor, config.expert_count)] for layer in layers]
     return Weights(
         total=size(in_layers) + size(rest),
         parameter_count=sum(_parameters(tensor, config) for tensor in (*in_layers, *rest)),
@@ -72,7 +78,7 @@ def weigh(tensors: Iterable[Tensor], config: ModelConfig, dtype: str | None) -> 
         layers=tuple(map(size, layers)),
         embedding=size(embeddings),
         head=size(heads),
-        experts=size(tensor for tensor in in_layers if _is_routed(tensor, config.expert_count)),
+        layer_experts=tuple(map(size, routed)),
     )
 
 

@@ -270,7 +270,8 @@ def _run(work: Work, placed: Placement) -> Run:
     """What a rate depends on, for a mean row half-way through its answer."""
     rows = max(1, work.row_count)
     prompt, output = work.prompt_tokens / rows, work.output_tokens / rows * work.share(None)
-    sizes = work.job.profile.layer_bytes
+    profile = work.job.profile
+    sizes, head = profile.layer_bytes, profile.head_bytes or profile.embedding_bytes
     return Run(
         rows=min(placed.micro_batch, work.job.rows_per_plan, rows),
         prompt_tokens=round(prompt),
@@ -278,7 +279,7 @@ def _run(work: Work, placed: Placement) -> Run:
         kv=placed.kv_cache_strategy,
         is_sampled=work.is_sampled,
         host_bytes=sum(sizes[layer] for layer in placed.host_layers),
-        disk_bytes=sum(sizes[layer] for layer in placed.disk_layers),
+        disk_bytes=sum(sizes[layer] for layer in placed.disk_layers) + head * placed.vocabulary_on_disk,
     )
 
 

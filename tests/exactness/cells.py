@@ -42,6 +42,8 @@ EXACT_PASSES: Mapping[PassId, ExactPass] = MappingProxyType(
         PassId.MLP_CHUNKING: ExactPass(
             families=frozenset({"llama", "gemma3-text", "qwen2"}), options={"dense_projection_chunk_rows": CHUNK_ROWS}
         ),
+        PassId.MOE_ROUTING: ExactPass(families=frozenset({"qwen3-moe", "qwen3-next", "gpt-oss"}), needs_disk_layers=True),
+        PassId.ATTENTION_REPLACEMENT: ExactPass(families=frozenset({"gpt-oss"})),
     }
 )
 

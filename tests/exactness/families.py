@@ -5,7 +5,6 @@ has no line yet, as the runner answers with no audio model; its language model i
 tests/families.py says how its model is made.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from scripts.train_demo_model import make_tokenizer
 from tests import families
+from workers.runner.weights.export import export_model
 
 CONTEXT = 4096
 # Wide enough that random weights give varied answers.
@@ -65,7 +65,7 @@ def save(family: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if family == "gpt-oss":
-        _export(folder / "gds_export")
+        export_model(folder)  # without an export its provider takes no model
     return folder
 
 
@@ -77,10 +77,3 @@ def _never_answered(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 def _expert_count(config: Any) -> int:
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     return int(next(getattr(config, name) for name in names if hasattr(config, name)))
-
-
-def _export(folder: Path) -> None:
-    """An export in the form that the gpt-oss provider looks for: without one it takes no model of the family."""
-    folder.mkdir()
-    (folder / "norm.raw").write_bytes(b"raw")
-    (folder / "manifest.json").write_text(json.dumps({"model.norm.weight": {"path": "norm.raw", "dtype": "float16"}}))

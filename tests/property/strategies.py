@@ -107,6 +107,7 @@ profiles = st.builds(
     embedding_bytes=st.integers(0, GIB),
     head_bytes=st.integers(0, GIB),
     expert_bytes=st.integers(0, GIB),
+    layer_expert_bytes=st.lists(st.integers(0, GIB), max_size=4).map(tuple),
     expert_count=st.integers(0, 512),
     experts_per_token=st.integers(0, 16),
     kv_bytes_per_token=st.integers(0, 2**21),
@@ -203,7 +204,7 @@ def runtime_configs(draw: st.DrawFn) -> RuntimeConfig:
                 "kv_cache_window_tokens": st.integers(1, 4096),
                 "dense_projection_chunk_rows": st.integers(1, 4096),
                 "offload_cpu_layers": st.integers(0, 8),
-                "offload_cpu_policy": st.sampled_from(CPU_OFFLOAD_POLICIES),
+                "offload_cpu_policy": st.sampled_from([*CPU_OFFLOAD_POLICIES, "exact:0", "exact:1-2,0"]),
                 "offload_gpu_layers": st.integers(0, 8),
             },
         )
@@ -339,6 +340,7 @@ placements = st.builds(
     ).map(tuple),
     host_layers=layer_numbers,
     disk_layers=layer_numbers,
+    vocabulary_on_disk=st.booleans(),
 )
 work_rows = st.builds(
     WorkRow,

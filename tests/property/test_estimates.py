@@ -6,8 +6,10 @@ from typing import Any
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ollm_service.core.estimates import DEVICE_SLOTS, Layout, MemoryEstimate, estimate_memory
+from ollm_service.core.estimates import MemoryEstimate, estimate_memory
+from ollm_service.core.layout import Layout
 from ollm_service.core.options import KVCacheStrategy
+from ollm_service.core.passing import DEVICE_SLOTS
 from ollm_service.core.plan import GenericModelKind
 from ollm_service.core.profile import ModelProfile
 from tests.property import strategies as some
@@ -35,6 +37,9 @@ layouts = st.builds(
     window_tokens=st.integers(1, 4096),
     mlp_rows=st.none() | st.integers(1, 2**15),
     is_sampled=st.booleans(),
+    is_packed=st.booleans(),
+    is_routed=st.booleans(),
+    vocabulary_on_disk=st.booleans(),
 )
 rows_of = st.integers(1, 64)
 lengths = st.integers(1, 2**17)
@@ -78,6 +83,7 @@ def test_layers_that_leave_need_no_more_of_the_device_than_their_slots(
     """Each layer that leaves takes its weight away; what it costs is the slots through which such layers pass, no more."""
     total = model.layer_count
     count = data.draw(st.integers(1, total))
+    layout = replace(layout, is_routed=False, vocabulary_on_disk=False)
     whole = estimate_memory(model, layout, rows=rows, tokens=tokens)
     for where in ("host_layers", "disk_layers"):
         changes: dict[str, Any] = {where: tuple(range(count))}

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from ollm_service.core.capabilities import Capabilities, LiveState
 from ollm_service.core.errors import InvalidExpression, InvalidOption, InvalidReference, ModelNotFound, RequestError
-from ollm_service.core.estimates import Layout, estimate_memory
+from ollm_service.core.estimates import estimate_memory
 from ollm_service.core.finalization import CannotFallBack, fall_back, finalize
 from ollm_service.core.kv_selector import select_kv_strategy
 from ollm_service.core.labels import Combination, Comparison, Expression, Negation, parse_expression, satisfies
+from ollm_service.core.layout import Layout
 from ollm_service.core.lifecycle import Event, ExecutionState, IllegalTransition, JobState, job_state, step
 from ollm_service.core.matching import Match, NoMatch, match, match_fleet
 from ollm_service.core.options import GenerationConfig, KVCacheStrategy, RuntimeConfig

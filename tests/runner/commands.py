@@ -86,6 +86,7 @@ def make_command(
     chunk_rows: int | None = None,
     cache_dir: Path | None = None,
     disk_layers: tuple[int, ...] = (),
+    vocabulary_on_disk: bool = False,
 ) -> Execute:
     """Execute these rows on the CPU."""
     return Execute(
@@ -105,6 +106,7 @@ def make_command(
             micro_batch=micro_batch,
             estimate=_NOTHING,
             disk_layers=disk_layers,
+            vocabulary_on_disk=vocabulary_on_disk,
         ),
         rows=tuple(rows),
         weights_dir=None if cache_dir is None else str(cache_dir / "weights"),

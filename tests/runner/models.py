@@ -12,10 +12,12 @@ from transformers import (
     GPT2Config,
     GptOssConfig,
     LlamaConfig,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from scripts.train_demo_model import make_tokenizer
@@ -27,7 +29,7 @@ HELDOUT_ANSWERS = ROOT / "demo" / "heldout_answers.json"
 CONTEXT = 1024
 # Wide enough that random weights give varied answers.
 _SPREAD = 0.3
-# Checkpoints of the last two name and join weights in another way than their modules do.
+# Checkpoints of those with experts name and join weights in another way than their modules do.
 _GATED: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "qwen2": (Qwen2Config, {}),
@@ -35,6 +37,26 @@ _GATED: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3-moe": (
         Qwen3MoeConfig,
         {"num_hidden_layers": 4, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "qwen3-next": (
+        Qwen3NextConfig,
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 4,
+            "linear_conv_kernel_dim": 4,
+        },
+    ),
+    "mixtral": (
+        MixtralConfig,
+        {"num_hidden_layers": 4, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
     "gpt-oss": (
         GptOssConfig,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ollm_service.core.estimates import USUAL_WINDOW_TOKENS
+from ollm_service.core.layout import USUAL_WINDOW_TOKENS
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
 from ollm_service.core.passes import Applied
 from ollm_service.core.plan import PassId

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ollm_service.core.estimates import PAGE_TOKENS
+from ollm_service.core.layout import PAGE_TOKENS
 from ollm_service.core.options import KVCacheStrategy
+from ollm_service.core.pack_memory import kv_file_bytes
 from ollm_service.core.packing import MOST_TRIED_TOKENS
 from ollm_service.core.plan import PassId
 from ollm_service.core.profile import ModelProfile
@@ -36,7 +37,11 @@ IN_FILES = (
     KVCacheStrategy.QUANTIZED_COLD_TIER,
     KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER,
 )
-STRATEGIES = {"paged": FileStrategy(), "int8": FileStrategy(encoding=Int8()), "ring": FileStrategy(window=64)}
+STRATEGIES = {
+    KVCacheStrategy.PAGED: FileStrategy(),
+    KVCacheStrategy.QUANTIZED_COLD_TIER: FileStrategy(encoding=Int8()),
+    KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER: FileStrategy(window=64),
+}
 KIB = 1024
 
 
@@ -151,26 +156,29 @@ def test_what_is_reserved_cannot_be_taken(small_disk: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma3", "qwen3-moe", "gpt-oss"])
-@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+@pytest.mark.parametrize("kv", IN_FILES)
 def test_files_take_no_more_than_is_reserved_for_them(
-    families: Callable[[str], Path], tmp_path: Path, family: str, strategy: FileStrategy
+    families: Callable[[str], Path], tmp_path: Path, family: str, kv: KVCacheStrategy
 ) -> None:
     """From a profile alone it is known what rows of so many tokens take at most, to a page of each row."""
     model = families(family)
     (profile,) = (found for found in inspect_models(model.parent, DigestCache()) if found.path.name == model.name)
     rows, prompt, answer = 3, 150, 200
-    most = strategy.most_file_bytes(profile, rows, prompt + answer)
-    with cache_in_files(loaded(model), strategy, tmp_path, Traffic(), rows=rows, tokens=prompt + answer) as cache:
+
+    def reserved(tokens: int) -> int:
+        return kv_file_bytes(profile, kv, rows=rows, tokens=tokens, window_tokens=64)
+
+    with cache_in_files(loaded(model), STRATEGIES[kv], tmp_path, Traffic(), rows=rows, tokens=prompt + answer) as cache:
         feed(loaded(model), cache, rows, prompt, answer)
         taken = sum(path.stat().st_size for path in tmp_path.iterdir() if path.suffix != ".jsonl")
-    a_page = strategy.most_file_bytes(profile, rows, PAGE_TOKENS) // 2
-    assert most - 2 * a_page <= taken <= most
+    a_page = reserved(PAGE_TOKENS) // 2
+    assert reserved(prompt + answer) - 2 * a_page <= taken <= reserved(prompt + answer)
 
 
 def test_an_unknown_profile_reserves_nothing() -> None:
     """What is not known is not guessed."""
     unknown = ModelProfile(name="m", path=PurePosixPath("m"), digest="d")
-    assert [strategy.most_file_bytes(unknown, 8, 1000) for strategy in STRATEGIES.values()] == [0, 0, 0]
+    assert [kv_file_bytes(unknown, kv, rows=8, tokens=1000, window_tokens=64) for kv in IN_FILES] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)

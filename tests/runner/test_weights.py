@@ -67,6 +67,17 @@ def test_streamed_layers_keep_the_tokens(
     assert measured["layers_brought"] == len(layers) * measured["passes"]
 
 
+def test_layers_from_disk_need_not_lie_together(engine: Engine, families: Callable[[str], Path], tmp_path: Path) -> None:
+    """Named one by one they are brought in their order, and the evidence says which."""
+    model = families("gemma3")
+    messages = run(engine, command(model, tmp_path, (0, 2, 3)))
+    whole = results_of(run(engine, command(model, tmp_path, ())))
+    assert results_of(messages) == whole
+    outcome = first_outcomes(messages)[OFFLOAD]
+    assert isinstance(outcome, Applied)
+    assert outcome.evidence.startswith("layers 0, 2-3 from disk; brought ")
+
+
 def test_a_warm_model_streams_again_and_another_placement_loads_anew(families: Callable[[str], Path], tmp_path: Path) -> None:
     """The same layers: nothing is loaded again. Others, or none: the model is loaded for them. The answers stay."""
     model, engine = families("qwen3-moe"), Engine()
@@ -247,7 +258,7 @@ def test_every_message_of_a_streaming_plan_is_one_of_the_protocol(
     messages = run(engine, order)
     measured = messages[-1].measured  # type: ignore[union-attr]
     source = ExtentFile(weights_folder(order), Origin(digest=order.profile.digest, transformers=transformers.__version__))
-    a_pass = sum(source.extents[f"model.layers.{layer}"].size for layer in (1, 2))
+    a_pass = sum(extent.size for layer in (1, 2) for extent in source.layer(f"model.layers.{layer}"))
     source.close()
     assert measured["layers_brought"] == 2 * NEW_TOKENS
     assert a_pass * NEW_TOKENS <= measured["weight_bytes_read"] <= a_pass * (NEW_TOKENS + 2)

@@ -618,3 +618,12 @@ def test_tensors_tell_the_dtype_where_the_configuration_does_not(root: Path) -> 
     assert first.weight_bytes == 2 * first.parameter_count
     assert second.dtype == "float16"
     assert second.weight_bytes == 2 * (second.parameter_count - 10) + 10
+
+
+EXTENT = {"path": "norm.raw", "dtype": "uint8", "shape": [4096], "offset": 0, "crc32": 0, "first": None, "tensors": []}
+
+
+def test_extents_without_an_origin_do_not_count(root: Path) -> None:
+    """An export that lists tensors as ours do has to say what it was made of."""
+    add_export(make_model(root / "model"), EXTENT)
+    assert inspect_one(root).gds_export_problem == "its extents have no origin"

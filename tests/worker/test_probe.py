@@ -34,7 +34,7 @@ def test_a_worker_says_what_it_can(probe: Probe, tmp_path: Path) -> None:
     offered = probe.capabilities((), [folder.path], None)
     assert (offered.node, offered.slots, offered.labels) == ("here", 2, {"zone": "a"})
     able = {pass_id for pass_id, reason in offered.passes.items() if reason is None}
-    assert able == set(PassId) - {PassId.MOE_ROUTING, PassId.GDS_EXPORT_WEIGHTS}
+    assert able == set(PassId)
     installed = {name: find_spec(module) is not None for name, module in _OPTIONAL.items()}
     assert (offered.modalities[ModelModality.IMAGE] is None, offered.modalities[ModelModality.AUDIO]) == (
         installed["pillow"],

@@ -35,6 +35,8 @@ class ModelKey:
     host_layers: tuple[int, ...] = ()
     disk_layers: tuple[int, ...] = ()
     adapter_digest: str | None = None
+    vocabulary_on_disk: bool = False
+    reads_export: bool = False
 
 
 @dataclass(slots=True, kw_only=True)

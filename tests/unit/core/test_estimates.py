@@ -7,19 +7,20 @@ import pytest
 
 from ollm_service.core import estimates
 from ollm_service.core.estimates import (
-    DEVICE_SLOTS,
-    HOST_SLOTS,
-    MOST_TAIL_BYTES,
-    SAMPLER_BYTES,
+    COMPILED_BYTES,
     TOKENIZER_BYTES,
     WORKSPACE_BYTES,
-    Layout,
     MemoryEstimate,
     estimate_memory,
 )
+from ollm_service.core.layout import MOST_TAIL_BYTES, Layout
 from ollm_service.core.options import KVCacheStrategy
+from ollm_service.core.pack_memory import kv_file_bytes
+from ollm_service.core.packing import BLOCK_TOKENS, MOST_CELLS, MOST_PACK_TOKENS, MOST_TRIED_IN_PASS, MOST_TRIED_TOKENS
+from ollm_service.core.passing import BLOCK_BYTES, DEVICE_SLOTS, EXPERT_SLOTS, HOST_SLOTS, tile_bytes, vocabulary_bytes
 from ollm_service.core.plan import GenericModelKind
 from ollm_service.core.profile import ModelProfile
+from ollm_service.core.working_memory import SAMPLER_BYTES
 from tests.unit.core.samples import profile
 
 LAYERS, HIDDEN, MIDDLE, WORDS, HEADS, HEAD = 4, 64, 256, 1000, 4, 16
@@ -41,7 +42,6 @@ MODEL = profile(
     widest_kv_bytes_per_token=KV,
 )
 GREEDY = Layout(is_sampled=False)
-PAGED = replace(GREEDY, kv=KVCacheStrategy.PAGED)
 CUDA = replace(GREEDY, device_kind="cuda")
 
 
@@ -160,38 +160,98 @@ def test_a_padded_batch_needs_a_mask_and_a_lone_row_none() -> None:
     assert (needs(sliding, prompt=99).masks, needs(sliding, prompt=100).masks) == (0, 100 * 100)
 
 
-def test_kv_in_files_leaves_one_layer_in_memory() -> None:
-    """What lies in files counts on the disk; in memory one layer's history, a page on its way, and the tails of all layers."""
+# --- rows that share packs
+
+
+PACKED = replace(GREEDY, is_packed=True)
+PAGED = replace(PACKED, kv=KVCacheStrategy.PAGED)
+SCORES = 8  # bytes of one, in float32
+
+
+def test_a_small_pack_is_computed_in_one_piece() -> None:
+    """3 rows of 100 tokens: all their KV, what one layer makes of the pack, and scores of a beginning that they may share."""
+    pack = 3 * 100
+    found = needs(layout=PACKED, rows=3, prompt=100)
+    scores = HEADS * pack * 100 * SCORES
+    assert found.kv == 3 * 101 * LAYERS * KV
+    assert found.activations == pack * (4 * HIDDEN + 3 * MIDDLE) * 4 + pack * 2 * HEAD * 4 + scores
+    assert (found.masks, found.logits) == (0, 0)
+
+
+def test_a_long_pack_is_computed_in_blocks() -> None:
+    """Of 4,000 tokens a layer works on a block; embeddings, input and output are as long as the pack."""
+    found = needs(layout=PACKED, rows=4, prompt=1000)
+    scores = HEADS * BLOCK_TOKENS * 1000 * SCORES
+    assert scores < MOST_CELLS * SCORES
+    work = BLOCK_TOKENS * (4 * HIDDEN + 3 * MIDDLE) * 4
+    assert found.activations == 4000 * (3 * HIDDEN + 2 * HEAD) * 4 + work + scores
+    many = needs(layout=PACKED, rows=64, prompt=1000).activations
+    assert many - scores - work == MOST_PACK_TOKENS * (3 * HIDDEN + 2 * HEAD) * 4
+
+
+def test_a_prompt_of_several_blocks_needs_a_mask() -> None:
+    """A block sees what came before it: at most so many cells at a time, and keys repeated for all heads."""
+    assert needs(layout=PACKED, prompt=BLOCK_TOKENS).masks == 0
+    assert needs(layout=PACKED, prompt=2000).masks == BLOCK_TOKENS * 2000 * 5 + 2 * 2000 * QUERIES * 4
+    assert needs(layout=PACKED, prompt=50_000).masks == MOST_CELLS * 5 + 2 * 50_000 * QUERIES * 4
+
+
+def test_tokens_that_are_tried_have_logits() -> None:
+    """A lone row may have 16 places in a pass, many rows hardly more than themselves."""
+    large = replace(MODEL, vocabulary_size=1_000_000)
+    assert needs(large, PACKED, prompt=1).logits == (1 + MOST_TRIED_TOKENS) * 1_000_000 * 4
+    assert needs(large, PACKED, rows=30, prompt=1).logits == MOST_TRIED_IN_PASS * 1_000_000 * 4
+    assert needs(large, PACKED, rows=100, prompt=1).logits == 100 * 1_000_000 * 4
+
+
+def test_sliding_layers_of_a_pack_keep_twice_their_window() -> None:
+    """Before the window moves to the front; while a prompt is computed also a block."""
+    sliding = replace(MODEL, kv_bytes_per_token=0, sliding_kv_bytes_per_token=LAYERS * KV, sliding_window=64)
+    assert needs(sliding, PACKED, rows=2, prompt=10, answer=4000).kv == 2 * 128 * LAYERS * KV
+    assert needs(sliding, PACKED, rows=2, prompt=5000).kv == 2 * (64 + BLOCK_TOKENS) * LAYERS * KV
+
+
+def test_kv_in_files_leaves_one_history_in_memory() -> None:
+    """Of one row and one layer, with a page on its way, and the tails of all rows and layers."""
     found = needs(layout=PAGED, rows=2, prompt=1, answer=999)
-    assert found.disk == 2 * 1000 * LAYERS * KV
-    assert found.kv == 2 * (1000 + 128) * KV + LAYERS * min(2 * 128 * KV, MOST_TAIL_BYTES)
+    tails = 2 * (128 + MOST_TRIED_TOKENS + 1) * LAYERS * KV
+    assert found.kv == (1000 + 128 + 128) * KV + tails
+    assert found.disk == 2 * (1000 + 128) * LAYERS * KV
     wide = replace(MODEL, kv_bytes_per_token=LAYERS * KV * 1024, widest_kv_bytes_per_token=KV * 1024)
+    page = MOST_TAIL_BYTES // (4 * KV * 1024)
     kept = needs(wide, PAGED, rows=4, prompt=1, answer=999).kv
-    assert kept == 4 * (1000 + 128) * KV * 1024 + LAYERS * MOST_TAIL_BYTES
+    assert kept == (1000 + 128 + page) * KV * 1024 + 4 * (page + MOST_TRIED_TOKENS + 1) * LAYERS * KV * 1024
 
 
-def test_a_prompt_that_goes_to_files_is_there_for_one_layer() -> None:
-    """The layers before it are written; what slides stays in memory."""
-    sliding = replace(MODEL, kv_bytes_per_token=KV, sliding_kv_bytes_per_token=3 * KV, sliding_window=2000)
-    assert needs(layout=PAGED, rows=8, prompt=1000).kv == 8 * (1000 + 128) * KV
-    assert needs(sliding, PAGED, rows=8, prompt=1000).kv == 8 * (4 * 1000 + 128) * KV
+def test_a_prompt_of_several_blocks_is_in_memory_for_one_layer() -> None:
+    """Twice, as where one prompt ends in a block in which another begins."""
+    found = needs(layout=PAGED, rows=2, prompt=3000)
+    assert found.kv == (2 * 3000 + 128) * KV + 2 * (128 + MOST_TRIED_TOKENS + 1) * LAYERS * KV
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
 def test_quantized_files_take_a_byte_an_element(dtype: str, width: int) -> None:
     """int8 takes a byte for each element, and a float32 scale for what each head keeps of a token."""
     model = replace(MODEL, dtype=dtype)
-    quantized = replace(GREEDY, kv=KVCacheStrategy.QUANTIZED_COLD_TIER)
+    quantized = replace(PACKED, kv=KVCacheStrategy.QUANTIZED_COLD_TIER)
     elements = LAYERS * KV // width
-    assert needs(model, quantized, rows=3, prompt=129, answer=1).disk == 3 * 130 * (elements + 4 * elements // HEAD)
+    assert needs(model, quantized, rows=3, prompt=129, answer=1).disk == 3 * (130 + 128) * (elements + 4 * elements // HEAD)
 
 
 def test_a_ring_bounds_memory_and_disk() -> None:
-    """A ring keeps a window of tokens, however long the row: in memory three times one layer's."""
-    ring = replace(GREEDY, kv=KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER, window_tokens=64)
+    """A ring keeps a window of tokens and the pages at its ends, however long the row."""
+    ring = replace(PACKED, kv=KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER, window_tokens=64)
     long, longer = needs(layout=ring, rows=2, prompt=1, answer=4000), needs(layout=ring, rows=2, prompt=1, answer=8000)
-    assert long.disk == longer.disk == 2 * 64 * LAYERS * KV
-    assert long.kv == longer.kv == 2 * 64 * 3 * KV
+    assert long.disk == longer.disk == 2 * (64 + 2 * 128) * LAYERS * KV
+    assert long.kv == longer.kv
+
+
+def test_a_cache_in_memory_has_no_files() -> None:
+    """Nor is anything known to be taken by a model of which nothing is known."""
+    assert kv_file_bytes(MODEL, KVCacheStrategy.RESIDENT, rows=8, tokens=1000, window_tokens=64) == 0
+
+
+# --- weights
 
 
 def test_layers_that_pass_through_take_turns() -> None:
@@ -205,6 +265,57 @@ def test_layers_that_pass_through_take_turns() -> None:
     assert streamed.weights == aside.weights
     assert streamed.host == tokenizer + (1 + HOST_SLOTS) * LAYER
     assert streamed.disk == 0  # weights stream from the model's own folder, not from the cache
+
+
+def test_experts_that_come_one_by_one_leave_their_layers() -> None:
+    """Two layers pass without their experts, four slots hold one expert with its padding; told of none, layers pass whole."""
+    model = replace(MODEL, expert_count=8, experts_per_token=2, layer_expert_bytes=(0, 400_000, 320_000, 400_000))
+    streamed = replace(CUDA, disk_layers=(1, 2))
+    whole = needs(model, streamed, prompt=10)
+    routed = needs(model, replace(streamed, is_routed=True), prompt=10)
+    expert = 50_000 + 2 * BLOCK_BYTES
+    assert whole.weights - routed.weights == DEVICE_SLOTS * 320_000 - EXPERT_SLOTS * expert
+    assert needs(layout=replace(streamed, is_routed=True), prompt=10) == needs(layout=streamed, prompt=10)
+    assert needs(model, replace(CUDA, is_routed=True), prompt=10) == needs(model, CUDA, prompt=10)
+
+
+def test_experts_in_half_precision_are_compiled_for() -> None:
+    """On the CPU alone, and only where they come one by one."""
+    model = replace(MODEL, dtype="bfloat16", expert_count=8, layer_expert_bytes=(400_000,) * LAYERS)
+    routed = replace(GREEDY, disk_layers=(1,), is_routed=True)
+    given = needs(model, replace(routed, is_routed=False), prompt=10).workspace
+    assert needs(model, routed, prompt=10).workspace == given + COMPILED_BYTES
+    assert needs(replace(model, dtype="float32"), routed, prompt=10).workspace == given
+    assert needs(model, replace(routed, device_kind="cuda"), prompt=10).workspace == WORKSPACE_BYTES["cuda"]
+
+
+def test_a_vocabulary_on_disk_takes_a_tile_of_a_slot() -> None:
+    """Embedding and head are gone; their tile passes through the slots of the layers, and its logits are there twice."""
+    streamed = replace(CUDA, disk_layers=(1, 2))
+    kept, gone = (needs(layout=replace(streamed, vocabulary_on_disk=on_disk), prompt=1) for on_disk in (False, True))
+    assert tile_bytes(MODEL) == 258_048  # all 1,000 rows, in whole blocks
+    assert kept.weights - gone.weights == 512_000
+    assert gone.logits - kept.logits == WORDS * 4
+    small = replace(MODEL, layer_bytes=(1000,) * LAYERS, weight_bytes=LAYERS * 1000 + 512_000)
+    slots = needs(small, replace(streamed, vocabulary_on_disk=True), prompt=1).weights - 2 * 1000
+    assert slots == DEVICE_SLOTS * tile_bytes(MODEL)
+
+
+@pytest.mark.parametrize(
+    ("facts", "gone"),
+    [
+        ({}, 512_000),
+        ({"head_bytes": 0}, 256_000),
+        ({"embedding_bytes": 300_000}, 512_000),
+        ({"embedding_bytes": 255_999}, 0),
+        ({"head_bytes": 255_999}, 0),
+        ({"vocabulary_size": 0}, 0),
+        ({"weight_bytes": LAYERS * LAYER + 500_000}, 0),
+    ],
+)
+def test_only_whole_vocabulary_matrices_leave(facts: dict[str, int], gone: int) -> None:
+    """A tied pair is one; tables of positions stay; what is no matrix of vocabulary and width cannot be told from the rest."""
+    assert vocabulary_bytes(replace(MODEL, **facts)) == gone  # type: ignore[arg-type]
 
 
 def test_without_a_known_prompt_all_may_be_prompt() -> None:

@@ -57,6 +57,13 @@ def test_defaults_are_the_published_ones() -> None:
         ({"offload_cpu_layers": 1, "device": "cpu"}, "offload_cpu_layers", "no meaning"),
         ({"offload_cpu_layers": 1, "offload_gpu_layers": 1}, "offload_gpu_layers", "cannot be combined"),
         ({"offload_cpu_policy": "best"}, "offload_cpu_policy", "auto, prefix, suffix, middle-band"),
+        ({"offload_cpu_policy": "exact:"}, "offload_cpu_policy", "exact:0,3,5-7"),
+        ({"offload_cpu_policy": "exact:1,1"}, "offload_cpu_policy", "twice"),
+        ({"offload_cpu_policy": "exact:3-1"}, "offload_cpu_policy", "backwards"),
+        ({"offload_cpu_policy": "exact:-1"}, "offload_cpu_policy", "names no layers"),
+        ({"offload_cpu_policy": "exact:0-99999"}, "offload_cpu_policy", "names no layers"),
+        ({"offload_cpu_policy": "exact:0,2", "offload_cpu_layers": 3}, "offload_cpu_layers", "names 2 layers"),
+        ({"offload_cpu_policy": "exact:0", "device": "cpu"}, "offload_cpu_layers", "no meaning"),
         ({"offload_gpu_layers": -1}, "offload_gpu_layers", "between 0"),
         ({"turbo": 1}, "runtime.turbo", "is not an option"),
         ([], "runtime", "must be an object"),
@@ -69,6 +76,14 @@ def test_wrong_runtime_options_are_refused(options: Any, param: str, problem: st
     assert refusal.value.param == param
     assert problem in refusal.value.message
     assert (refusal.value.status, refusal.value.code) == (400, "invalid_option")
+
+
+def test_layers_that_are_named_say_how_many_they_are() -> None:
+    """A policy with numbers is a demand of its own, and comes back from its dictionary."""
+    config = RuntimeConfig.from_dict({"offload_cpu_policy": "exact:5-7,0,3"})
+    assert (config.offload_cpu_layers, config.exact_cpu_layers) == (5, (0, 3, 5, 6, 7))
+    assert RuntimeConfig.from_dict(config.as_dict()) == config
+    assert RuntimeConfig(offload_cpu_policy="suffix").exact_cpu_layers == ()
 
 
 @pytest.mark.parametrize(

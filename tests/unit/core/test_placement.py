@@ -1,13 +1,16 @@
 """Is a placement the best tier that fits, and are refused ones explained in bytes?"""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from ollm_service.core.capabilities import Capabilities, LiveState
-from ollm_service.core.estimates import DEVICE_SLOTS, HOST_SLOTS, RUNTIME_BYTES, Layout, estimate_memory
+from ollm_service.core.estimates import RUNTIME_BYTES, estimate_memory
+from ollm_service.core.layout import Layout
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
+from ollm_service.core.passing import DEVICE_SLOTS, EXPERT_SLOTS, HOST_SLOTS, passing_experts
 from ollm_service.core.placement import (
     MOST_ROWS,
     USABLE_FRACTION,
@@ -54,7 +57,7 @@ def placed(
 
 def needed(model: ModelProfile, strategy: KVCacheStrategy, *, rows: int, tokens: int) -> int:
     """The bytes that have to be free on a processor before a runner is started, without margin."""
-    layout = Layout(kv=strategy, mlp_rows=16_384)
+    layout = Layout(kv=strategy, mlp_rows=16_384, is_packed=True)
     return estimate_memory(model, layout, rows=rows, tokens=tokens).device_bytes + RUNTIME_BYTES["cpu"]
 
 
@@ -73,7 +76,7 @@ def test_an_undemanding_plan_gets_the_preferred_tier_and_a_full_batch() -> None:
     assert found.kv_details["strategy_selector_rule_id"] == "balanced-paged-default"
 
 
-@pytest.mark.parametrize("limit", [1, 2, 5, 63, 64, 1000])
+@pytest.mark.parametrize("limit", [1, 2, 5, 255, 256, 1000])
 def test_what_crashes_have_taught_is_kept_to(limit: int) -> None:
     """The micro-batch never exceeds the limit, nor the most that is ever run."""
     found = placed(limit=limit)
@@ -84,7 +87,7 @@ def test_what_crashes_have_taught_is_kept_to(limit: int) -> None:
 def test_the_batch_shrinks_to_what_is_free() -> None:
     """As many rows as fit into nine tenths of the free memory, less what the runner takes, are run at a time."""
     config = RuntimeConfig(kv_cache_strategy="resident")
-    for rows in (63, 32, 5, 1):
+    for rows in (255, 32, 5, 1):
         free = just_enough(needed(profile(), RESIDENT, rows=rows, tokens=2048))
         found = placed(config, tokens=2048, free=live({"cpu": free}))
         assert isinstance(found, Placement)
@@ -314,6 +317,27 @@ def test_layers_that_were_asked_for_leave_exactly(policy: str, indices: tuple[in
     assert isinstance(tight, Unplaceable)
 
 
+def test_layers_that_were_named_leave_exactly() -> None:
+    """They need not lie together; their weights leave the card, and of the largest of them two pass through."""
+    sizes = tuple((100 + number) * MIB for number in range(LAYERS))
+    model = deep(layer_bytes=sizes, weight_bytes=sum(sizes) + 200 * MIB)
+    found = offloaded(4 * GIB, model=model, options={"offload_cpu_policy": "exact:0,3,5-6"})
+    assert isinstance(found, Placement)
+    assert (found.tier, found.host_layers, found.layers_on_device) == (Tier.LAYERS_IN_HOST, (0, 3, 5, 6), 4)
+    gone = sum(sizes[layer] for layer in (0, 3, 5, 6))
+    assert found.estimate.weights == model.weight_bytes - gone + DEVICE_SLOTS * sizes[6]
+    least = found.estimate.device_bytes
+    assert isinstance(offloaded(least, model=model, options={"offload_cpu_policy": "exact:0,3,5-6"}), Placement)
+    assert isinstance(offloaded(least - 1, model=model, options={"offload_cpu_policy": "exact:0,3,5-6"}), Unplaceable)
+
+
+def test_a_layer_that_the_model_has_not_is_refused() -> None:
+    """The reason says how many there are."""
+    found = offloaded(4 * GIB, options={"offload_cpu_policy": "exact:7-8"})
+    assert isinstance(found, Unplaceable)
+    assert "layer 8 was asked for, and the model has 8, from 0" in found.reason
+
+
 def test_layers_that_were_pinned_to_the_card_stay_there() -> None:
     """gpu-offload fills the card from the first layer; the others are in host memory. Enough for all: all on the device."""
     model = deep(
@@ -345,6 +369,90 @@ def test_a_processor_streams_from_disk() -> None:
     untold = placed(config, model=deep(layer_bytes=()), worker=capabilities(passes=OFFLOADING), free=free, limit=1)
     assert isinstance(untold, Unplaceable)
     assert untold.refused[-1].reason == "the model's layers cannot be told apart"
+
+
+VOCABULARY = {"vocabulary_size": 50_000, "hidden_size": 512, "embedding_bytes": 102_400_000, "head_bytes": 102_400_000}
+
+
+def streamed(
+    usable_bytes: int, *, model: ModelProfile, rows: int = 1, no_routing: str | None = "not here"
+) -> Placement | Unplaceable:
+    """Place rows of 100 tokens on a processor with so much usable, after what the runner takes."""
+    free = live({"cpu": just_enough(usable_bytes + RUNTIME_BYTES["cpu"])})
+    worker = capabilities(passes={**OFFLOADING, PassId.MOE_ROUTING: no_routing})
+    return placed(RuntimeConfig(kv_cache_strategy="resident"), model=model, worker=worker, free=free, limit=rows)
+
+
+def streamed_bytes(model: ModelProfile, rows: int, *, on_disk: bool, is_routed: bool = False) -> int:
+    """What rows of 100 tokens need where all layers come from disk."""
+    layout = Layout(
+        mlp_rows=None if is_routed else 16_384,
+        disk_layers=tuple(range(LAYERS)),
+        vocabulary_on_disk=on_disk,
+        is_routed=is_routed,
+        is_packed=True,
+    )
+    return estimate_memory(model, layout, rows=rows, tokens=100).device_bytes
+
+
+def test_the_vocabulary_goes_to_disk_where_only_so_the_model_fits() -> None:
+    """With room for embedding and head they stay; a byte less and they are read from disk; without them there is a least, too."""
+    model = deep(**VOCABULARY)
+    kept, gone = (streamed_bytes(model, 1, on_disk=on_disk) for on_disk in (False, True))
+    assert gone < kept
+    for usable, on_disk in ((kept, False), (kept - 1, True), (gone, True)):
+        found = streamed(usable, model=model)
+        assert isinstance(found, Placement)
+        assert (found.tier, found.vocabulary_on_disk) == (Tier.LAYERS_FROM_DISK, on_disk)
+        assert found.estimate.device_bytes <= usable
+    refused = streamed(gone - 1, model=model)
+    assert isinstance(refused, Unplaceable)
+    assert refused.refused[-1].needed_bytes == gone
+
+
+def test_the_vocabulary_goes_to_disk_where_that_gives_more_rows() -> None:
+    """Its room is worth rows, each of which divides what a pass reads; where all rows fit beside it, it stays."""
+    model = deep(**VOCABULARY)
+    usable = streamed_bytes(model, 8, on_disk=False)
+    some_rows, all_rows = streamed(usable, model=model, rows=64), streamed(usable, model=model, rows=8)
+    assert isinstance(some_rows, Placement)
+    assert isinstance(all_rows, Placement)
+    assert some_rows.vocabulary_on_disk
+    assert some_rows.micro_batch > 8
+    assert (all_rows.vocabulary_on_disk, all_rows.micro_batch) == (False, 8)
+
+
+def test_a_vocabulary_that_cannot_be_told_apart_stays() -> None:
+    """A profile that knows no vocabulary matrix never sends one to disk."""
+    model = deep(**{**VOCABULARY, "embedding_bytes": 0})
+    least = streamed_bytes(model, 1, on_disk=False)
+    assert isinstance(streamed(least - 1, model=model), Unplaceable)
+    assert isinstance(streamed(least, model=model), Placement)
+
+
+def test_experts_that_come_one_by_one_need_less_room() -> None:
+    """Where the plan and the worker have moe-routing, layers pass without their experts; where the worker has not, whole."""
+    model = deep(
+        family=NativeFamily.QWEN3_NEXT,
+        architecture="Qwen3NextForCausalLM",
+        model_type="qwen3_next",
+        expert_count=10,
+        experts_per_token=1,
+        expert_bytes=LAYERS * 80 * MIB,
+        layer_expert_bytes=(80 * MIB,) * LAYERS,
+    )
+    whole, routed = (streamed_bytes(model, 1, on_disk=False, is_routed=is_routed) for is_routed in (False, True))
+    expert = passing_experts(model, is_routed=True)[0]
+    assert whole - routed == DEVICE_SLOTS * 80 * MIB - EXPERT_SLOTS * expert
+    found = streamed(routed, model=model, no_routing=None)
+    assert isinstance(found, Placement)
+    assert found.layers_on_disk == LAYERS
+    assert found.estimate.device_bytes == routed
+    assert isinstance(streamed(routed, model=model), Unplaceable)
+    half = replace(model, dtype="bfloat16")
+    least = streamed_bytes(half, 1, on_disk=False, is_routed=True)
+    assert isinstance(streamed(least, model=half, no_routing=None), Placement)
+    assert isinstance(streamed(least - 1, model=half, no_routing=None), Unplaceable)
 
 
 def test_no_more_rows_than_there_are() -> None:

@@ -23,7 +23,7 @@ from workers.runner.memory import let_go_of_pages
 from workers.runner.model import LoadedModel, ModelKey, resident_cache
 from workers.runner.prompts import ReadsMedia
 from workers.runner.weights.checkpoint import load_checkpoint, refuse_unknown_architecture
-from workers.runner.weights.offload import load_offloaded
+from workers.runner.weights.offload import load_offloaded, reads_export
 
 
 def model_key(command: Execute) -> ModelKey:
@@ -36,6 +36,8 @@ def model_key(command: Execute) -> ModelKey:
         host_layers=placement.host_layers,
         disk_layers=placement.disk_layers,
         adapter_digest=None if command.adapter is None else command.adapter.digest,
+        vocabulary_on_disk=placement.vocabulary_on_disk,
+        reads_export=reads_export(command),
     )
 
 
@@ -134,10 +136,17 @@ def _refuse_other_kinds(command: Execute) -> None:
 
 
 def _keep_the_head_small(module: PreTrainedModel) -> None:
-    """Make the head's input contiguous: for a strided slice torch would copy the whole vocabulary matrix once a row."""
+    """Give the head a copy of its input: for a strided slice torch would copy the whole vocabulary matrix once a row.
+
+    `contiguous()` would not do: of a lone row it keeps the slice's strides, for which the matrix is copied in bfloat16.
+    """
     head = module.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers does not annotate it
     if head is not None:
-        head.register_forward_pre_hook(lambda _module, arguments: (arguments[0].contiguous(), *arguments[1:]))
+        head.register_forward_pre_hook(_with_plain_input)
+
+
+def _with_plain_input(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (arguments[0].clone(memory_format=torch.contiguous_format), *arguments[1:])
 
 
 def _context_limit(module: PreTrainedModel, profiled: int | None) -> int | None:

@@ -10,8 +10,10 @@ from workers.runner.model import LoadedModel
 from workers.runner.passes.absent import AbsentPass
 from workers.runner.passes.attention_replacement import AttentionReplacement
 from workers.runner.passes.disk_cache import DiskCache
+from workers.runner.passes.gds_export_weights import GdsExportWeights
 from workers.runner.passes.layer_offload import LayerOffload
 from workers.runner.passes.mlp_chunking import MlpChunking
+from workers.runner.passes.moe_routing import MoeRouting
 from workers.runner.passes.multimodal_shell import MultimodalShell
 from workers.runner.passes.specialization import SpecializationPass
 
@@ -23,6 +25,8 @@ PASSES: Mapping[PassId, Callable[[LoadedModel, Execute], SpecializationPass]] = 
         PassId.MLP_CHUNKING: MlpChunking,
         PassId.MULTIMODAL_SHELL: MultimodalShell,
         PassId.ATTENTION_REPLACEMENT: AttentionReplacement,
+        PassId.MOE_ROUTING: MoeRouting,
+        PassId.GDS_EXPORT_WEIGHTS: GdsExportWeights,
     }
 )
 

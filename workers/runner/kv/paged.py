@@ -14,7 +14,7 @@ from collections import deque
 
 from torch import Tensor
 
-from ollm_service.core.estimates import MOST_TAIL_BYTES, PAGE_TOKENS
+from ollm_service.core.layout import MOST_TAIL_BYTES, PAGE_TOKENS
 from ollm_service.core.packing import MOST_TRIED_TOKENS
 from workers.runner.kv.layer import Arrival, History, HistoryLayer, Text
 from workers.runner.kv.pages import Page, PageFile

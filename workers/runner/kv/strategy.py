@@ -9,12 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from ollm_service.core.estimates import PAGE_TOKENS, weight_element_bytes
-from ollm_service.core.profile import ModelProfile
 from workers.runner.kv.cache import PackCache, layers_of
 from workers.runner.kv.layer import HistoryLayer
 from workers.runner.kv.paged import PagedLayer, SharedRoom
@@ -37,21 +34,6 @@ class FileStrategy:
     def keeps_all(self) -> bool:
         """Whether attention sees every bit of every token."""
         return self.window is None and isinstance(self.encoding, Raw)
-
-    def most_file_bytes(self, profile: ModelProfile, rows: int, tokens: int) -> int:
-        """What the files of so many rows of so many tokens take at most; 0 where the profile does not tell.
-
-        The page in which a prompt ends has the place of a full one, and in a ring so has that which is being left.
-        """
-        page = min(tokens, PAGE_TOKENS)
-        tokens = tokens + page if self.window is None else min(tokens, self.window + page) + page
-        if not isinstance(self.encoding, Int8):
-            return rows * tokens * profile.kv_bytes_per_token
-        # A byte for each element, and a scale for as many of them as a head is wide.
-        elements = profile.kv_bytes_per_token // weight_element_bytes(profile)
-        heads = max(1, profile.attention_heads)
-        scales = -(-elements // max(1, profile.attention_width // heads)) * torch.float32.itemsize
-        return rows * tokens * (elements + scales)
 
     def evidence(self, traffic: Traffic) -> str:
         """What it did, in words."""

@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from ollm_service.core.packing import MOST_CELLS
 from workers.runner.kv.cache import PackCache
 from workers.runner.kv.layer import History, HistoryLayer
 from workers.runner.packed.pack import Segment, by_parent
 
 NAME = "ollm-packed"
-# Scores or cells of a mask that are there at a time.
-MOST_CELLS = 16 * 1024**2
 # So few queries are laid out beside each other for each key head, which spares repeating the keys.
 _FEW_QUERIES = 32
 

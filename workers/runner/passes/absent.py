@@ -13,12 +13,7 @@ from ollm_service.core.requirements import demanded_passes
 from ollm_service.core.wire import Execute
 
 _NOT_HAD = "this runner does not have the pass"
-_INSTEAD: Mapping[PassId, str] = MappingProxyType(
-    {
-        PassId.MOE_ROUTING: "every expert is in memory",
-        PassId.GDS_EXPORT_WEIGHTS: f"{_NOT_HAD}; the safetensors files serve",
-    }
-)
+_INSTEAD: Mapping[PassId, str] = MappingProxyType({})
 
 
 class AbsentPass:

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from ollm_service.core.estimates import USUAL_WINDOW_TOKENS
+from ollm_service.core.layout import USUAL_WINDOW_TOKENS
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
+from ollm_service.core.pack_memory import kv_file_bytes
 from ollm_service.core.packing import runs_in_packs
 from ollm_service.core.passes import Applied, Failed, NotNeeded, PassOutcome
 from ollm_service.core.plan import PassId
@@ -83,7 +84,8 @@ class DiskCache:
     def _opened(self, *, rows: int, tokens: int) -> Iterator[PackCache]:
         assert self._folder is not None
         assert self._strategy is not None
-        most = self._strategy.most_file_bytes(self._profile, rows, tokens)
+        window = self._strategy.window or tokens
+        most = kv_file_bytes(self._profile, self._placement.kv_cache_strategy, rows=rows, tokens=tokens, window_tokens=window)
         try:
             self._check_room(self._folder.path, most)
             with cache_in_files(

@@ -23,7 +23,7 @@ class LayerOffload:
         keeps_all = 0 < command.profile.layer_count <= command.config.offload_gpu_layers
         self._is_demanded = pass_id in demanded_passes(command.runtime_plan, command.config) and not keeps_all
         self._stream = model.stream
-        self._brought_before = self._read_before = 0
+        self._brought_before = self._read_before = self._rows_before = self._tiles_before = 0
 
     def check(self) -> PassOutcome | None:
         """Not needed where all layers stay on the device, or where the other of the two passes brings them."""
@@ -41,6 +41,7 @@ class LayerOffload:
         """From now on every forward pass is brought the layers that it lacks."""
         assert self._stream is not None
         self._brought_before, self._read_before = self._stream.layers_brought, self._stream.source.bytes_read
+        self._rows_before, self._tiles_before = self._stream.rows_looked_up, self._stream.tiles_brought
         self._stream.open()
 
     def evidence(self) -> PassOutcome:
@@ -50,7 +51,10 @@ class LayerOffload:
         host, disk = self._placement.host_layers, self._placement.disk_layers
         parts = [f"layers {_ranges(host)} in host memory"] if host else []
         parts += [f"layers {_ranges(disk)} from disk"] if disk else []
-        return Applied(evidence=f"{', '.join(parts)}; brought {self._brought:,} times, {self._bytes_read:,} bytes read")
+        found = f"{', '.join(parts)}; brought {self._brought:,} times, {self._bytes_read:,} bytes read"
+        if self._placement.vocabulary_on_disk:
+            found += f"; vocabulary from disk: {self._rows:,} rows looked up, {self._tiles:,} tiles of the head"
+        return Applied(evidence=found)
 
     def undo(self) -> None:
         """Stop reading; the layers are without weights again."""
@@ -58,8 +62,11 @@ class LayerOffload:
             self._stream.close()
 
     def measured(self) -> Mapping[str, float]:
-        """Layers brought, and bytes of weights read from disk since the model was loaded."""
-        return {"layers_brought": float(self._brought), "weight_bytes_read": float(self._bytes_read)}
+        """Layers brought, and bytes of weights read from disk since the model was loaded; rows and tiles of the vocabulary."""
+        brought = {"layers_brought": float(self._brought), "weight_bytes_read": float(self._bytes_read)}
+        if not self._placement.vocabulary_on_disk:
+            return brought
+        return {**brought, "vocabulary_rows_read": float(self._rows), "head_tiles_brought": float(self._tiles)}
 
     @property
     def _brought(self) -> int:
@@ -69,7 +76,21 @@ class LayerOffload:
     def _bytes_read(self) -> int:
         return 0 if self._stream is None else self._stream.source.bytes_read - self._read_before
 
+    @property
+    def _rows(self) -> int:
+        return 0 if self._stream is None else self._stream.rows_looked_up - self._rows_before
+
+    @property
+    def _tiles(self) -> int:
+        return 0 if self._stream is None else self._stream.tiles_brought - self._tiles_before
+
 
 def _ranges(layers: Sequence[int]) -> str:
-    """`3`, `1-5`: layers that leave the device lie together."""
-    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+    """`3`, `1-5`, `0, 3, 5-7`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

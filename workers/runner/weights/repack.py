@@ -10,6 +10,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from accelerate import init_empty_weights
@@ -18,14 +20,16 @@ from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
+from ollm_service.core.passing import tile_rows
 from ollm_service.core.plan import GenericModelKind
 from workers.runner.weights.checkpoint import AUTO_CLASSES, load_checkpoint
 from workers.runner.weights.extents import CorruptExtents, ExtentFile, ExtentWriter, Origin, delete_extents
+from workers.runner.weights.parts import experts_of, vocabulary_keys
 from workers.runner.weights.streaming import layer_names
 
 # Beside the extents there has to be room for what transformers joins, which it writes before it is read: at most the model again.
 ROOM_FACTOR = 2.05
-_LOCK, _SCRATCH = "writer.lock", "loading"
+_LOCK, SCRATCH = "writer.lock", "loading"
 _WAIT_SECONDS = 0.2
 
 
@@ -69,7 +73,7 @@ def forget_extents(folder: Path, visit: Callable[[], None]) -> None:
 def _repack(
     model_dir: Path, folder: Path, origin: Origin, kind: GenericModelKind | None, weight_bytes: int, visit: Callable[[], None]
 ) -> None:
-    writer, scratch = ExtentWriter(folder, origin), folder / _SCRATCH
+    writer, scratch = ExtentWriter(folder, origin), folder / SCRATCH
     try:
         shutil.rmtree(scratch, ignore_errors=True)  # of a writer that was killed; the lock is ours
         there = sum(extent.size for extent in writer.written.values())
@@ -77,19 +81,14 @@ def _repack(
         if needed > free:
             raise NoRoomForExtents(f"{needed:,} bytes are needed in {folder} to lay the weights out by layers, {free:,} are free")
         scratch.mkdir()
-        module, loader = _loaded_on_disk(model_dir, scratch, kind)
-        for name, tensors in _by_layer(module).items():
-            if name not in writer.written:
-                writer.append(name, ((key, _from(loader, key, kept)) for key, kept in tensors.items()), visit)
-        writer.finish()
+        module, loader = loaded_on_disk(model_dir, scratch, kind)
+        write_model(writer, module, loader, visit)
     finally:
         writer.close()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _loaded_on_disk(
-    model_dir: Path, scratch: Path, kind: GenericModelKind | None
-) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
+def loaded_on_disk(model_dir: Path, scratch: Path, kind: GenericModelKind | None) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
     """The model with everything on disk, and its weights by the names of its modules, read when they are asked for."""
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what we ask for
     module = load_checkpoint(model_dir, kind, device_map={"": "disk"}, offload_folder=str(scratch))
@@ -101,9 +100,63 @@ def _loaded_on_disk(
     return module, loader
 
 
-def _from(loader: Mapping[str, Tensor], key: str, kept: Tensor) -> Tensor:
-    """A weight in the dtype that its module has it in; buffers are in memory already."""
-    return loader[key].to(kept.dtype) if kept.is_meta else kept
+def write_model(writer: ExtentWriter, module: PreTrainedModel, loader: Mapping[str, Tensor], visit: Callable[[], None]) -> None:
+    """Write all extents of a model that are not there yet, and say that they are whole. Raises OSError.
+
+    `loader` has the weights by name that are not in the module's own memory. An owner's tensors are held while its slices are
+    written, which takes no memory where the loader has mapped them.
+    """
+    kept_of = {key: tensor for layer in _by_layer(module).values() for key, tensor in layer.items()}
+    for _owner, pieces in groupby(_pieces(module), key=lambda piece: piece.owner):
+        missing = [piece for piece in pieces if piece.name not in writer.written]
+        held: dict[str, Tensor] = {}
+        for piece in missing:
+            writer.append(piece.name, (_part(loader, kept_of, held, key, piece) for key in piece.keys), visit, piece.first)
+        writer.settle()
+    writer.finish()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """One extent to be: its tensors' names, and where along their first dimension it begins and ends; whole without `first`."""
+
+    owner: str
+    name: str
+    keys: tuple[str, ...]
+    first: int | None = None
+    last: int | None = None
+
+
+def _part(
+    loader: Mapping[str, Tensor], kept_of: Mapping[str, Tensor], held: dict[str, Tensor], key: str, piece: _Piece
+) -> tuple[str, Tensor]:
+    """A tensor or its slice, in the dtype that its module has it in; buffers are in memory already."""
+    kept = kept_of[key]
+    if piece.first is None:
+        return key, loader[key].to(kept.dtype) if kept.is_meta else kept
+    if key not in held:
+        held[key] = loader[key] if kept.is_meta else kept
+    return key, held[key][piece.first : piece.last].to(kept.dtype)
+
+
+def _pieces(module: PreTrainedModel) -> Iterator[_Piece]:
+    """The extents of a model, in the order in which they are to lie: what is in no layer, the vocabulary, the layers."""
+    matrices = vocabulary_keys(module)
+    for name, tensors in _by_layer(module).items():
+        owners = experts_of(module, name) if name else {}
+        sliced = {*matrices, *(f"{owner}.{key}" for owner, experts in owners.items() for key in experts._parameters)}
+        yield _Piece(owner=name, name=name, keys=tuple(key for key in tensors if key not in sliced))
+        if not name:
+            for key in matrices:
+                yield from _slices(key, (key,), tensors[key].shape[0], tile_rows(tensors[key][0].nbytes))
+        for owner, experts in owners.items():
+            keys = tuple(f"{owner}.{key}" for key in experts._parameters)
+            yield from _slices(owner, keys, tensors[keys[0]].shape[0], 1)
+
+
+def _slices(owner: str, keys: tuple[str, ...], rows: int, each: int) -> Iterator[_Piece]:
+    for number, first in enumerate(range(0, rows, each)):
+        yield _Piece(owner=owner, name=f"{owner}/{number}", keys=keys, first=first, last=min(rows, first + each))
 
 
 def _by_layer(module: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
