@@ -1,6 +1,6 @@
 """How much memory do rows need, at the moment when they need the most?
 
-Of rows that share packs that is a pass in which prompts are computed while all other rows are as long as they become; of rows side
+Of rows that share packs that is a pass in which prompts are computed while all others are as long as they become; of rows side
 by side the larger of two, the last layer of the prompt's pass and the last step of the answer. All sizes are in bytes and above
 what the runner's process takes before it has a model (`RUNTIME_BYTES`).
 
@@ -20,10 +20,10 @@ host         on accelerators: the tokenizer, what sampling sorts, layers kept th
 in packs
 kv           B·(T·F + s·S + R). Sliding layers keep s = min(T, 2·W), or, of a prompt in blocks, min(P, W + `BLOCK_TOKENS`)
 kv in files  B·(s·S + R), tails of a page and `MOST_TRIED_TOKENS` + 1 tokens, B·(page + 16)·F, and of one row in one layer its
-             history (T + `PAGE_TOKENS`)·K, in a ring its window and two pages, or two prompts that are computed in blocks; besides
+             history (T + `PAGE_TOKENS`)·K, in a ring its window and two pages, or two prompts that come in blocks; besides
              a page on its way, four where int8 is made or undone. A page is `PAGE_TOKENS`, T, or `MOST_TAIL_BYTES` / (B·K)
 activations  of one layer over a block, the larger of
-             its feed-forward part, b·(4·H + 3·I + 2·E·H)·w: what comes in, the sum after attention, its norm; gate, up and product
+             its feed-forward part, b·(4·H + 3·I + 2·E·H)·w: what comes in, the sum after attention, its norm; gate, up, product
              (four of them where GELU is computed in steps); the routed copies going in and out. With mlp-chunking, the part of
              I and E for one chunk, and b·H·w for what the chunks make;
              its attention, b·(3·H + 4·Q)·w: the rotation's temporaries, queries and what becomes of them;
@@ -43,8 +43,8 @@ side by side
 kv, prompt   B·(P·(F + S) + R). Sliding layers, too, hold the whole prompt: until the next token transformers keeps a view of it
              (`DynamicSlidingWindowLayer.update`)
 kv, answer   B·(T·F + min(T, W)·S + R), and B·T·K / 2: a layer's keys are there twice while one token is added (`torch.cat`)
-activations  as in packs, with b = B·P. In a step of the answer B·(4·H + 3·I)·w, of latent attention 4·B·T·Q·w, of linear attention
-             three of its states
+activations  as in packs, with b = B·P. In a step of the answer B·(4·H + 3·I)·w, of latent attention 4·B·T·Q·w, of linear
+             attention three of its states
 scores       models without SDPA in transformers compute A·B·P² scores of `score_bytes` each; counted as activations
 masks        1 byte for each of B·P² (w without SDPA), for full and sliding layers apart, and w more while attention runs. None
              where no row is padded: a lone row, unless its prompt fills the window
