@@ -163,10 +163,13 @@ def test_the_pass_shows_what_forward_passes_were_fed(engine: Engine, root: Path)
 @pytest.mark.parametrize(
     ("name", "how"),
     # A Voxtral is of no generic kind, so that it cannot fall back.
-    [("gemma3", "fallback"), *((name, how) for name in ("gemma3", "voxtral") for how in ("text-alone", "paged", "streamed"))],
+    [
+        ("gemma3", "fallback"),
+        *((name, how) for name in ("gemma3", "voxtral") for how in ("text-alone", "paged", "streamed", "vocabulary")),
+    ],
 )
 def test_the_same_model_runs_in_other_ways(engine: Engine, root: Path, tmp_path: Path, name: str, how: str) -> None:
-    """Text alone without the pass, on the generic backend, with KV files and with layers from disk: the tokens stay the same."""
+    """Without the pass, on the generic backend, with KV files, with layers and vocabulary from disk: the tokens stay the same."""
     contents = list(contents_of(name))[-1:] if how == "text-alone" else list(contents_of(name))
     rows = [chat_row(index, content, max_new_tokens=NEW_TOKENS) for index, content in enumerate(contents)]
     config = SEEING
@@ -180,8 +183,10 @@ def test_the_same_model_runs_in_other_ways(engine: Engine, root: Path, tmp_path:
         config,
         kv=KVCacheStrategy.PAGED if how == "paged" else KVCacheStrategy.RESIDENT,
         cache_dir=tmp_path,
-        disk_layers=(0, 1) if how == "streamed" else (),
+        disk_layers=(0, 1) if how in ("streamed", "vocabulary") else (),
     )
+    if how == "vocabulary":
+        command = replace(command, placement=replace(command.placement, vocabulary_on_disk=True))
     found = results_of(run(engine, command))
     assert {row: result.text for row, result in found.items()} == {
         index: plain(root, name, content) for index, content in enumerate(contents)
