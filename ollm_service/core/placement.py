@@ -144,7 +144,7 @@ def place(
     Where none does and `rows.shortest` is given, the best for half as many tokens, and so on down to the shortest row: a few long
     rows must not block the rest, and the bound of a row's tokens is far above what most have.
     """
-    tokens = min(rows.longest, profile.max_context_tokens or rows.longest)
+    tokens = min(rows.longest, profile.most_row_tokens or rows.longest)
     most_rows = max(1, min(MOST_ROWS, micro_batch_limit or MOST_ROWS, rows.count or MOST_ROWS))
     refused: tuple[RefusedTier, ...] = ()
     while True:

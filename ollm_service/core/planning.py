@@ -26,6 +26,7 @@ from ollm_service.core.providers import (
     GDS_EXPORT_DETAIL,
     PROCESSOR_DETAIL,
     PROVIDERS,
+    QUANTIZATION_DETAIL,
     SpecializationProvider,
     has_export,
     matching_providers,
@@ -64,7 +65,8 @@ def plan_resolved(
     resolved: ResolvedModel, config: RuntimeConfig, providers: Sequence[SpecializationProvider] = PROVIDERS
 ) -> RuntimePlan:
     """Choose a backend for a resolved model by the decision table, then hold the choice against what was asked for."""
-    matching = () if config.adapter_dir else matching_providers(resolved, providers)
+    is_packed = QUANTIZATION_DETAIL in resolved.capabilities.details
+    matching = () if config.adapter_dir or is_packed else matching_providers(resolved, providers)
     if len(matching) > 1:
         names = ", ".join(provider.provider_id for provider in matching)
         raise InvalidOption("model", f"several specializations match this model: {names}")
@@ -232,6 +234,9 @@ def _why_not_multimodal(candidate: RuntimePlan) -> str | None:
 def _why_not_native(resolved: ResolvedModel, config: RuntimeConfig, providers: Sequence[SpecializationProvider]) -> str:
     if config.adapter_dir:
         return "an adapter rules specialization out"
+    packed = resolved.capabilities.details.get(QUANTIZATION_DETAIL)
+    if packed is not None:
+        return f"weights quantized by {packed} rule specialization out"
     if resolved.architecture is None:
         return "its architecture is not known before a worker has it" if resolved.digest is None else "it names no architecture"
     lacking = [provider for provider in providers if provider.family is resolved.native_family and provider.needs_export]

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import PurePosixPath
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from ollm_service.core.adapters import Adapter
 from ollm_service.core.errors import RequestError
 from ollm_service.core.leasing import RowResult, WorkRow
 from ollm_service.core.options import RuntimeConfig
@@ -47,6 +48,7 @@ class Execute:
     rows: tuple[WorkRow, ...]
     suspects: frozenset[int] = frozenset()
     weights_dir: str | None = None
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

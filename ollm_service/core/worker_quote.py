@@ -110,7 +110,7 @@ class Work:
     @property
     def most_context(self) -> int:
         """The tokens that no row may exceed, on any machine."""
-        return self.job.profile.max_context_tokens or self.longest
+        return self.job.profile.most_row_tokens or self.longest
 
     def share(self, luck: bool | None) -> float:
         """The part of the allowed tokens that is made: expected, or with good or bad luck."""
@@ -159,7 +159,7 @@ def parts_of(job: Job, candidates: Sequence[Candidate], attempts: Sequence[Measu
 
     Where some candidate holds only the shorter rows of a group, the longer ones are a part of their own. Never empty.
     """
-    context = job.profile.max_context_tokens
+    context = job.profile.most_row_tokens
     needs = [most_tokens_of(row, context) for row in job.rows]
     parts = []
     for group in groups(needs) or [[]]:
@@ -175,7 +175,7 @@ def _cut(part: Part, candidates: Sequence[Candidate], attempts: Sequence[Measure
     job, ratio = part.work.job, tokens_per_byte(attempts, part.work.job.profile)
     pieces: dict[int, list[RowSize]] = {}
     for row in job.rows:
-        length = _length(_prompt_tokens(row, ratio), row.max_new_tokens, job.profile.max_context_tokens)
+        length = _length(_prompt_tokens(row, ratio), row.max_new_tokens, job.profile.most_row_tokens)
         pieces.setdefault(bisect_left(limits, length), []).append(row)
     if len(pieces) < 2:
         return [part]
@@ -197,7 +197,7 @@ def part_of(job: Job, candidates: Sequence[Candidate], attempts: Sequence[Measur
 def _work(job: Job, attempts: Sequence[MeasuredAttempt]) -> Work:
     ratio, share = tokens_per_byte(attempts, job.profile), output_share(attempts)
     prompts = [_prompt_tokens(row, ratio) for row in job.rows]
-    context = job.profile.max_context_tokens
+    context = job.profile.most_row_tokens
     rows = sorted((_length(prompt, row.max_new_tokens, context), prompt) for row, prompt in zip(job.rows, prompts, strict=True))
     return Work(
         job=job,

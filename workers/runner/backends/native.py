@@ -14,6 +14,7 @@ from workers.runner.passes.gds_export_weights import GdsExportWeights
 from workers.runner.passes.layer_offload import LayerOffload
 from workers.runner.passes.mlp_chunking import MlpChunking
 from workers.runner.passes.moe_routing import MoeRouting
+from workers.runner.passes.multimodal_shell import MultimodalShell
 from workers.runner.passes.specialization import SpecializationPass
 
 PASSES: Mapping[PassId, Callable[[LoadedModel, Execute], SpecializationPass]] = MappingProxyType(
@@ -22,6 +23,7 @@ PASSES: Mapping[PassId, Callable[[LoadedModel, Execute], SpecializationPass]] = 
         PassId.CPU_OFFLOAD: partial(LayerOffload, PassId.CPU_OFFLOAD),
         PassId.GPU_OFFLOAD: partial(LayerOffload, PassId.GPU_OFFLOAD),
         PassId.MLP_CHUNKING: MlpChunking,
+        PassId.MULTIMODAL_SHELL: MultimodalShell,
         PassId.ATTENTION_REPLACEMENT: AttentionReplacement,
         PassId.MOE_ROUTING: MoeRouting,
         PassId.GDS_EXPORT_WEIGHTS: GdsExportWeights,

@@ -7,7 +7,7 @@ sequences one by one.
 N tokens of the pack, M of them whose logits are wanted, C width of the hidden states, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,8 +52,11 @@ class PackedModel:
             for module in changed:
                 module.__dict__.pop("forward", None)
 
-    def logits(self, pack: Pack, cache: PackCache) -> Tensor:
-        """Logits [M, V] of the wanted places. Raises OSError, StopRequested, and whatever a model raises."""
+    def logits(self, pack: Pack, cache: PackCache, features: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Logits [M, V] of the wanted places. Raises OSError, StopRequested, and whatever a model raises.
+
+        `features` are the images and sounds of the pack's prompts, in their order.
+        """
         blocks = pack.blocks(self._block_tokens)
         self._running = _Running(blocks, cache)
         cache.block = blocks[0]
@@ -66,6 +69,7 @@ class PackedModel:
                 use_cache=True,
                 logits_to_keep=pack.wanted_M().to(self._device),
                 pack_cache=cache,
+                **(features or {}),
             )
         finally:
             self._running = None

@@ -115,6 +115,9 @@ def _attend_to_parents(query_AND: Tensor, segments: Sequence[Segment], layer: Hi
 def _attend(query_ALD: Tensor, segment: Segment, own: History, rule: Rule, shared: Part | None) -> Tensor:
     """Averages [A, L, E] of what one sequence's newest tokens see: their own history, and what they share."""
     keys_HTD, values_HTE, first = own.keys_HTD, own.values_HTD, own.first + segment.sequence.first_position
+    if segment.is_prompt and segment.sequence.spans:
+        assert rule.is_plain and shared is None and own.first == segment.start == 0, "a prompt with images is one piece"  # noqa: PT018
+        return seeing_ahead(query_ALD, keys_HTD, values_HTE, rule, segment.sequence.spans)
     if rule.is_plain and shared is None:
         return fused(query_ALD, keys_HTD, values_HTE, rule, segment.first_position, first)
     positions = torch.arange(segment.first_position, segment.first_position + segment.length)
@@ -164,6 +167,25 @@ def _masked(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, mask_LT: Te
         query_ALD.unsqueeze(0), keys_HTD.unsqueeze(0), values_HTE.unsqueeze(0), attn_mask=mask_LT, scale=scale
     )
     return found[0].reshape(heads, length, -1)
+
+
+def seeing_ahead(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Attention inside a whole prompt, of which the tokens of a span see each other, too, as far as the window reaches."""
+    tokens = keys_HTD.shape[1]
+    group_T = torch.full((tokens,), -1)
+    for number, (begin, end) in enumerate(spans):
+        group_T[begin:end] = number
+    place_T = torch.arange(tokens)
+    rows = max(1, MOST_CELLS // tokens)
+    pieces = []
+    for start in range(0, tokens, rows):
+        place_L, group_L = place_T[start : start + rows, None], group_T[start : start + rows, None]
+        mask_LT = (place_L >= place_T) | ((group_L == group_T) & (group_L >= 0))
+        if rule.window is not None:
+            mask_LT &= place_L - place_T < rule.window
+        mask_LT = mask_LT.to(query_ALD.device)
+        pieces.append(_masked(query_ALD[:, start : start + rows], keys_HTD, values_HTE, mask_LT, rule.scale))
+    return torch.cat(pieces, dim=1)
 
 
 def visible(positions_L: Tensor, first: int, tokens: int, window: int | None) -> Tensor:

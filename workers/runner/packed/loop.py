@@ -19,6 +19,7 @@ from ollm_service.core.packing import MOST_PACK_TOKENS
 from workers.runner.answers import NOT_A_NUMBER, Answer, out_of_memory
 from workers.runner.kv.cache import PackCache
 from workers.runner.measurements import Measurements
+from workers.runner.media.feeding import features_of
 from workers.runner.memory import is_out_of_memory
 from workers.runner.model import LoadedModel
 from workers.runner.packed.attachment import PackedModel
@@ -126,7 +127,7 @@ class PackedLoop:
         parent = None if beginning is None else beginning.begun()
         own = list(row.tokens[0 if parent is None else parent.length :])
         # The last token of an answer is never fed in.
-        sequence = TokenSequence(tokens=own, capacity=len(own) + row.max_new_tokens - 1, parent=parent)
+        sequence = TokenSequence(tokens=own, capacity=len(own) + row.max_new_tokens - 1, parent=parent, spans=row.spans)
         guesser = Guesser(row.tokens) if may_try and row.generation.is_greedy else None
         return RunningRow(waiting, Answer(row, self._model.tokenizer, self._model.end_tokens), sequence, guesser)
 
@@ -149,7 +150,8 @@ class PackedLoop:
         """One forward pass, and the tokens that it gives."""
         began, pack = time.monotonic(), Pack()
         pairs = self._fill(pack)
-        logits_MV = self._packed.logits(pack, cache)
+        joining = [row.answer.row for row, segment in pairs if segment.is_prompt]
+        logits_MV = self._packed.logits(pack, cache, features_of(joining, self._model.module))
         tokens, are_numbers = self._choose(logits_MV, pairs)
         del logits_MV
         for segment in pack.segments:
