@@ -44,9 +44,9 @@ class LoadedModel:
     """A model of ours, with what is needed to run it. Passes change `module` and `open_cache`, and undo that again.
 
     `context_limit` is in tokens, prompt and answer together; None where the model sets none. `open_cache` gives the KV cache of
-    rows that run in packs. `stream` brings the layers that are not kept on the device, if there are such. `draft` guesses tokens.
-    `media` reads images and sounds, where a plan lets rows bring them. `feeds_itself`: only transformers' own `generate` knows how
-    its forward pass is fed.
+    rows that run in packs. `stream` brings the layers that are not kept on the device, if there are such. `draft` guesses
+    tokens. `media` reads images and sounds, where a plan lets rows bring them. `feeds_itself`: only transformers' own
+    `generate` knows how its forward pass is fed.
     """
 
     key: ModelKey
