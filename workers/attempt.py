@@ -5,7 +5,7 @@ is lost. While the database is away, finished results wait here, and are recorde
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
@@ -15,6 +15,7 @@ from ollm_service.core.adapters import Adapter
 from ollm_service.core.capabilities import Capabilities, LiveState
 from ollm_service.core.checkpoint import BrokenCheckpoint
 from ollm_service.core.errors import DatabaseUnavailable
+from ollm_service.core.estimates import draft_bytes
 from ollm_service.core.finalization import CannotFallBack, fall_back, finalize
 from ollm_service.core.leasing import Assignment, AttemptReport, LeaseLost, RowResult, WorkRow
 from ollm_service.core.options import RuntimeConfig
@@ -107,6 +108,7 @@ class Attempt:
         self._plan: RuntimePlan = assignment.runtime_plan
         self._placement: Placement | None = None
         self._adapter: Adapter | None = None
+        self._draft: ModelProfile | None = None
         self._too_long: Unplaceable | None = None  # why rows longer than the placement holds have no room here
         self._ending: Ending | None = None
         self._stopping: tuple[Stopping, float] | None = None
@@ -140,6 +142,10 @@ class Attempt:
             except BrokenCheckpoint as broken:
                 self._fail("adapter_refused", f"The adapter {self._assignment.config.adapter_dir} cannot be used: {broken}.")
                 return self._ending or Ending.LOST
+            self._draft = self._draft_here()
+            named = self._assignment.config.draft_model
+            if self._draft is None and named is not None:
+                return self._decline(f"the draft model {named} is not in this worker's models folder")
             if self._order(profile) and self._started():
                 while self._ending is None:
                     message = self._slot.runner.receive(timeout=TICK_SECONDS)
@@ -155,6 +161,12 @@ class Attempt:
         """The model as this worker has it: the same digest, perhaps under another name."""
         return self._around.capabilities().model(self._assignment.profile.digest)
 
+    def _draft_here(self) -> ModelProfile | None:
+        """The model that is to guess tokens, as this worker has it."""
+        named = self._assignment.config.draft_model
+        models = self._around.capabilities().models
+        return next((model for model in models if named is not None and str(model.path) == str(PurePosixPath(named))), None)
+
     def _order(self, profile: ModelProfile) -> bool:
         """Place the plan and hand it to the runner; False where it was declined."""
         work = self._assignment
@@ -167,7 +179,7 @@ class Attempt:
             work.config,
             work.requirements,
             self._around.capabilities(),
-            self._around.live(self._slot),
+            self._live(lengths),
             RowBounds(
                 longest=max(lengths, default=1),
                 longest_prompt=max((most_prompt_tokens(request_of(row), of_image) for row in missing), default=1),
@@ -184,8 +196,19 @@ class Attempt:
         longest = min(max(lengths, default=1), profile.most_row_tokens or max(lengths, default=1))
         is_partial = placed.longest_row_tokens is not None and placed.longest_row_tokens < longest
         self._too_long = Unplaceable(refused=placed.refused) if is_partial else None
-        self._slot.reserve(placed.device_id, placed.process_bytes)
+        self._slot.reserve(placed.device_id, placed.process_bytes + self._beside(placed.device_id, lengths))
         return self._hand_over(profile, placed)
+
+    def _live(self, lengths: Sequence[int]) -> LiveState:
+        """What is free, less what a draft model takes."""
+        live = self._around.live(self._slot)
+        free = {device: size - self._beside(device, lengths) for device, size in live.device_free_bytes.items()}
+        return replace(live, device_free_bytes=free)
+
+    def _beside(self, device_id: str, lengths: Sequence[int]) -> int:
+        if self._draft is None:
+            return 0
+        return draft_bytes(self._draft, device_id.partition(":")[0], rows=len(lengths), tokens=max(lengths, default=1))
 
     def _hand_over(self, profile: ModelProfile, placement: Placement) -> bool:
         work, folder = self._assignment, self._slot.cache_folder
@@ -211,6 +234,8 @@ class Attempt:
                 rows=missing,
                 suspects=work.lone_crashes,
                 adapter=self._adapter,
+                draft_dir=None if self._draft is None else str((self._around.models_dir / self._draft.path).absolute()),
+                draft_digest=None if self._draft is None else self._draft.digest,
             )
         )
         return True

@@ -52,11 +52,14 @@ def plan(
     """Resolve the reference against the fleet's inventory and plan it.
 
     Of several models under one name the one with `preferred_digest` is taken, where it is among them. Raises InvalidReference
-    for a malformed reference or an adapter's path that leaves the models root, ModelNotFound for an opaque name or path that no
-    worker has, and InvalidOption where several providers match. A plan that is not executable is returned, with its reason.
+    for a malformed reference or a path of an adapter or a draft that leaves the models root, ModelNotFound for an opaque name
+    or path that no worker has, and InvalidOption where several providers match. A plan that is not executable is returned, with
+    its reason.
     """
     if config.adapter_dir is not None:
         inner_path(config.adapter_dir, raw=config.adapter_dir, param="adapter_dir")
+    if config.draft_model is not None:
+        inner_path(config.draft_model, raw=config.draft_model, param="draft_model")
     found = resolve(parse_reference(reference), inventory, preferred_digest=preferred_digest)
     return Planned(plan=plan_resolved(found.resolved, config), profile=found.profile)
 

@@ -33,8 +33,9 @@ class Execute:
     """Supervisor: load the model unless it is warm, apply the planned passes and answer the rows.
 
     `model_dir` and `cache_dir` are absolute on this host; the runner makes a private folder inside `cache_dir` and deletes it
-    at the end. In `weights_dir` runners share weights in the form in which layers are read from disk. At most
-    `placement.micro_batch` rows run at a time; `suspects` are rows that crashed a runner before, which run last and each alone.
+    at the end. In `weights_dir` runners share weights in the form in which layers are read from disk. The model in `draft_dir`
+    guesses tokens. At most `placement.micro_batch` rows run at a time; `suspects` are rows that crashed a runner before, which
+    run last and each alone.
     """
 
     plan_id: str
@@ -49,6 +50,8 @@ class Execute:
     suspects: frozenset[int] = frozenset()
     weights_dir: str | None = None
     adapter: Adapter | None = None
+    draft_dir: str | None = None
+    draft_digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

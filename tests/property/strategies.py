@@ -196,6 +196,7 @@ def runtime_configs(draw: st.DrawFn) -> RuntimeConfig:
                 "device": st.sampled_from([*DEVICE_IDS, "cuda"]),
                 "backend": st.sampled_from(BackendId),
                 "adapter_dir": st.just("adapter"),
+                "draft_model": st.just("small"),
                 "multimodal": st.booleans(),
                 "use_specialization": st.booleans(),
                 "use_cache": st.booleans(),

@@ -37,6 +37,7 @@ class ModelKey:
     adapter_digest: str | None = None
     vocabulary_on_disk: bool = False
     reads_export: bool = False
+    draft_digest: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)

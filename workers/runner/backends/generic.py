@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from ollm_service.core.plan import BackendId, GenericModelKind, NativeFamily
 from ollm_service.core.quantization import stays_packed
 from ollm_service.core.wire import Execute
+from workers.runner.backends.drafts import load_draft
 from workers.runner.interruptions import AttemptEnded, first_line
 from workers.runner.media.conversation import VOXTRAL_TEMPLATE
 from workers.runner.media.readers import open_reader
@@ -38,6 +39,7 @@ def model_key(command: Execute) -> ModelKey:
         adapter_digest=None if command.adapter is None else command.adapter.digest,
         vocabulary_on_disk=placement.vocabulary_on_disk,
         reads_export=reads_export(command),
+        draft_digest=command.draft_digest,
     )
 
 
@@ -77,6 +79,7 @@ def load(command: Execute, visit: Callable[[], None]) -> LoadedModel:
         open_cache=resident_cache(module),
         stream=stream,
         feeds_itself=feeds_itself,
+        draft=None if command.draft_dir is None else load_draft(Path(command.draft_dir), tokenizer, device),
     )
 
 

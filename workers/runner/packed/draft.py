@@ -11,13 +11,11 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
+from ollm_service.core.packing import USUAL_GUESS_TOKENS
 from workers.runner.kv.cache import PackCache, layers_of
 from workers.runner.packed.attachment import PackedModel
 from workers.runner.packed.pack import Pack, TokenSequence
 from workers.runner.weights.streaming import layer_names
-
-# Tokens of one guess; among more rows each token saves too little.
-USUAL_GUESS_TOKENS, MOST_DRAFTED_ROWS = 4, 16
 
 
 class DraftModel:

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from ollm_service.core.packing import MOST_TRIED_IN_PASS
-from workers.runner.packed.draft import MOST_DRAFTED_ROWS, USUAL_GUESS_TOKENS, DraftModel
+from ollm_service.core.packing import MOST_DRAFTED_ROWS, MOST_TRIED_IN_PASS, USUAL_GUESS_TOKENS
+from workers.runner.packed.draft import DraftModel
 from workers.runner.packed.lookup import Lookup
 
 # How much a trial says about the next, and what is expected of a row's first.
