@@ -19,8 +19,8 @@ from ollm_service.core.profile import ModelProfile
 # accelerator's rates, which may be its data sheet's, models are said to reach about so much.
 ARITHMETIC_EFFICIENCY: Mapping[str, float] = MappingProxyType({"cpu": 0.75, "cuda": 0.5, "mps": 0.5})
 MEMORY_EFFICIENCY: Mapping[str, float] = MappingProxyType({"cpu": 0.12, "cuda": 0.6, "mps": 0.6})
-# How often a pass goes over a KV cache in memory. In packs attention reads it, from and to more places than a bandwidth counts. Side
-# by side it is read, written anew with one token more, and read by attention; where its tensors have mappings of their own
+# How often a pass goes over a KV cache in memory. In packs attention reads it, in more places than a bandwidth counts. Side by
+# side it is read, written anew with one token more, and read by attention; where its tensors have mappings of their own
 # (`give_back_what_is_freed`) new pages come on top.
 KV_TRAFFIC: Mapping[str, int] = MappingProxyType({"cpu": 4, "cuda": 3, "mps": 3})
 PACKED_KV_TRAFFIC: Mapping[str, int] = MappingProxyType({"cpu": 2, "cuda": 2, "mps": 2})
