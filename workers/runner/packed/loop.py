@@ -95,7 +95,7 @@ class PackedLoop:
         self._pulse = pulse
         self._measurements = measurements
         self._started = started
-        self._packed = PackedModel(model.module, model.device)
+        self._packed = PackedModel(model.module, model.device, visit=pulse)
         self._guesses = Guesses(None if model.draft is None else DraftModel(model.draft, model.device))
         self._waiting = WaitingRows(())
         self._running: list[RunningRow] = []
