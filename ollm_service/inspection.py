@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from ollm_service.core.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, adapter_problem
 from ollm_service.core.checkpoint import (
     LENGTH_BYTES,
     BrokenCheckpoint,
@@ -44,8 +45,6 @@ from ollm_service.core.weights import tied_pair
 
 SINGLE_WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
-# With it and peft, transformers loads an adapter on top, or another model that the file names.
-ADAPTER_CONFIG = "adapter_config.json"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # What decides an answer besides the weights; all of it goes into a model's digest.
 _ANSWER_FILES = (
@@ -179,6 +178,32 @@ def each_model(
         digests.save()
 
 
+def inspect_adapter(root: Path, path: PurePosixPath) -> Adapter:
+    """The adapter in a folder of the models root, given relative to it.
+
+    Raises FileNotFoundError where there is no such folder, BrokenCheckpoint for an adapter that may not be used; both say why.
+    """
+    real_root, place = root.resolve(), root / path
+    real = Path(os.path.realpath(place))
+    if not real.is_dir():
+        raise FileNotFoundError(f"{path} is not in the models folder")
+    homes = (real,) if real_root in real.parents else ()
+    try:
+        files = _safe_files(_Folder(name=path.name, path=path, real=real, homes=homes))
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            if name not in files:
+                raise BrokenCheckpoint(f"it has no {name}")
+        problem = adapter_problem(parse_object(_read(files[ADAPTER_CONFIG], _LONGEST_CONFIG), ADAPTER_CONFIG))
+        if problem is not None:
+            raise BrokenCheckpoint(problem)
+        _headers(files)
+        digests = DigestCache()
+        lines = [f"{name} {digests.digest(files[name])}\n" for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    except OSError as error:
+        raise BrokenCheckpoint(f"{_shown_name(error)} cannot be read: {error.strerror}") from error
+    return Adapter(folder=str(real), digest=hashlib.sha256("".join(lines).encode()).hexdigest())
+
+
 def _readable_folders(root: Path) -> list[_Folder]:
     try:
         return list(_folders(root))
@@ -265,8 +290,9 @@ def _read_model(folder: _Folder, digests: DigestCache, is_stopped: Callable[[], 
     files = _safe_files(folder)
     if any(name.lower() == ADAPTER_CONFIG for name in files):
         raise BrokenCheckpoint(
-            f"it holds an adapter ({ADAPTER_CONFIG}): where peft is installed, weights that were not inspected would be loaded; "
-            "merge the adapter into its model"
+            # With it and peft, transformers would load it on top, or another model that the file names.
+            f"it holds an adapter ({ADAPTER_CONFIG}): name its folder as adapter_dir together with its model, "
+            "or merge the adapter into the model; weights that were not inspected would be loaded beside a model's own"
         )
     if "config.json" not in files:
         raise BrokenCheckpoint("it has no config.json; each model is one folder directly in the models folder")

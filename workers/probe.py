@@ -14,15 +14,18 @@ from pathlib import Path
 from ollm_service.core.capabilities import CacheDisk, Capabilities, Device, LiveState
 from ollm_service.core.labels import Attributes
 from ollm_service.core.options import KVCacheStrategy
-from ollm_service.core.plan import BackendId, GenericModelKind, NativeFamily, PassId
+from ollm_service.core.plan import BackendId, GenericModelKind, ModelModality, NativeFamily, PassId
 from ollm_service.core.profile import ModelProfile
+from ollm_service.core.quantization import QUANTIZATION_LIBRARIES
 from workers.cache_folder import DiskRates, NoCacheFolder, check_writable, free_bytes, measure, total_bytes
 from workers.host_memory import host_memory, private_bytes
 from workers.nvml import Gpu, Nvml, NvmlUnavailable, visible
 
 CPU_DTYPES = ("float64", "float32", "bfloat16", "float16")
-NOT_IN_THIS_ENGINE = "not in this version of the engine; it takes a worker with a later one"
 RUNNER_LIBRARIES = ("torch", "transformers", "safetensors")
+ADAPTER_LIBRARY = "peft"
+# WAV files need none beyond what the runner has anyway.
+MEDIA_LIBRARIES: Mapping[ModelModality, tuple[str, ...]] = {ModelModality.IMAGE: ("pillow",)}
 # What a model may be of: the generic kinds, and a family whose models are of none.
 KINDS = (*(kind.value for kind in GenericModelKind), NativeFamily.VOXTRAL.value)
 GPU_SECONDS = 1.0  # how long an answer of the driver is good for
@@ -74,8 +77,10 @@ class Probe:
             backends={backend.value: backend_reason for backend in BackendId},
             passes={pass_id: _pass_reason(pass_id, reason) for pass_id in PassId},
             kv_strategies={strategy.value: _strategy_reason(strategy, reason) for strategy in KVCacheStrategy},
-            kinds={kind: _kind_reason(kind) for kind in KINDS},
-            no_adapters_because=NOT_IN_THIS_ENGINE,
+            kinds=dict.fromkeys(KINDS),
+            quantizations={method: self._absent(*libraries) for method, libraries in QUANTIZATION_LIBRARIES.items()},
+            modalities={modality: self._absent(*MEDIA_LIBRARIES.get(modality, ())) for modality in ModelModality},
+            no_adapters_because=self._absent(ADAPTER_LIBRARY),
             models=models,
             cache_disk=None if reason else self._cache_disk(next(iter(cache_folders))),
             may_download=self._claims.may_download,
@@ -120,6 +125,11 @@ class Probe:
             return private_bytes(pid)
         gpus = {f"cuda:{number}": gpu for number, gpu in enumerate(self._visible_gpus())}
         return gpus[device_id].used_by.get(pid, 0) if device_id in gpus else 0
+
+    def _absent(self, *packages: str) -> str | None:
+        """Why runners here cannot do what takes these packages, which not every worker has; None where they can."""
+        lacking = [name for name in packages if self._claims.has_own_runner and not _is_installed(name)]
+        return f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed on this worker" if lacking else None
 
     def _devices(self) -> tuple[Device, ...]:
         gpus = tuple(
@@ -193,12 +203,7 @@ def _cuda_dtypes(compute_capability: tuple[int, int]) -> tuple[str, ...]:
 def _pass_reason(pass_id: PassId, no_cache_because: str | None) -> str | None:
     if pass_id in (PassId.DISK_CACHE, PassId.CPU_OFFLOAD, PassId.GPU_OFFLOAD, PassId.MOE_ROUTING):
         return no_cache_because
-    has_it = pass_id in (PassId.MLP_CHUNKING, PassId.GDS_EXPORT_WEIGHTS, PassId.ATTENTION_REPLACEMENT)
-    return None if has_it else NOT_IN_THIS_ENGINE
-
-
-def _kind_reason(kind: str) -> str | None:
-    return None if kind == GenericModelKind.CAUSAL_LM else NOT_IN_THIS_ENGINE
+    return None
 
 
 def _strategy_reason(strategy: KVCacheStrategy, no_cache_because: str | None) -> str | None:
@@ -216,6 +221,14 @@ def _why_unwritable(folders: Collection[Path]) -> str | None:
 
 def _lacking_library() -> str | None:
     return next((name for name in RUNNER_LIBRARIES if find_spec(name) is None), None)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _versions() -> dict[str, str]:

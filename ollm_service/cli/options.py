@@ -31,6 +31,7 @@ HELP: Mapping[str, str] = {
     "device": "Device to run on, such as cpu or cuda:0.",
     "backend": f"Backend: {', '.join(BackendId)}.",
     "adapter_dir": "Folder of an adapter.",
+    "draft_model": "Small model with the same tokenizer that guesses tokens.",
     "multimodal": "Take images or sounds, too.",
     "use_specialization": "Use the model family's passes.",
     "use_cache": "Let the KV cache live in files.",

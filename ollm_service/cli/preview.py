@@ -213,6 +213,7 @@ def _how(placement: Mapping[str, Any]) -> str:
         return f"{placement['tier']}, {placement['device_id']}"
     there = f"{count(placement['layers_on_device'], 'layer')} on {placement['device_id']}"
     parts = [there, *(f"{layers} from {place}" for place, layers in moved.items() if layers)]
+    parts += ["vocabulary from disk"] if placement.get("vocabulary_on_disk") else []
     return ", ".join(parts) + ("; KV cache in files" if placement["estimate"]["disk"] else "")
 
 

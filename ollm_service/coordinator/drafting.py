@@ -1,17 +1,21 @@
 """How would a job run on the fleet as it stands? The plan, what it needs and who could take it; nothing is stored."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from ollm_service.coordinator.fleet import Snapshot, absence, capable
+from ollm_service.coordinator.rows import refuse_media
 from ollm_service.core.catalog import CATALOG
+from ollm_service.core.content import modalities_of
 from ollm_service.core.errors import ModelNotFound, PlanNotExecutable
 from ollm_service.core.labels import parse_expression
 from ollm_service.core.options import RuntimeConfig
+from ollm_service.core.plan import ModelModality
 from ollm_service.core.planning import Planned, plan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.reference import parse_reference
 from ollm_service.core.requirements import Requirements, class_id, requirements_of
+from ollm_service.store.jobs import NewRow
 from ollm_service.store.views import WorkerView
 
 MOST_MODELS_NAMED = 50
@@ -43,6 +47,15 @@ class Draft:
             return None
         return absence(self.requirements)
 
+    @property
+    def taken(self) -> frozenset[ModelModality]:
+        """What rows may bring: text, and what the model takes besides where its processor is used; all where it is unknown."""
+        if not self.config.multimodal:
+            return frozenset({ModelModality.TEXT})
+        resolved = self.planned.plan.resolved_model
+        is_unknown = self.planned.profile is None and resolved.catalog_entry is None
+        return frozenset(ModelModality if is_unknown else resolved.capabilities.modalities)
+
     def demand_executable(self) -> Requirements:
         """What the plan needs. Raises PlanNotExecutable with the plan's reason."""
         if self.requirements is None:
@@ -68,6 +81,21 @@ def draft(fleet: Snapshot, model: str, config: RuntimeConfig, where: str | None,
     is_executable = planned.plan.is_executable()
     requirements = requirements_of(planned.plan, planned.profile, config, where=where) if is_executable else None
     return Draft(planned=planned, config=config, requirements=requirements, fleet=fleet)
+
+
+def draft_rows(
+    fleet: Snapshot, model: str, config: RuntimeConfig, where: str | None, rows: Sequence[NewRow]
+) -> tuple[Draft, list[NewRow]]:
+    """The plan for these rows, and the rows as it takes them. Raises what `draft` does.
+
+    Images or sounds in a row ask for `multimodal`, where the model has it; where not, such rows get an error and the others run.
+    """
+    drafted = draft(fleet, model, config, where)
+    brought = {modality for row in rows for modality in modalities_of(row.request.get("messages"))}
+    if brought and not config.multimodal:
+        seeing = draft(fleet, model, replace(config, multimodal=True), where)
+        drafted = drafted if seeing.requirements is None else seeing
+    return drafted, refuse_media(rows, drafted.taken, model.strip())
 
 
 def _known_models(fleet: Snapshot) -> str:

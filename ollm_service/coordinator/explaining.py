@@ -8,6 +8,7 @@ from ollm_service.coordinator.service import Service
 from ollm_service.coordinator.submission import ROWS_PER_PLAN
 from ollm_service.core.capabilities import Capabilities, LiveState
 from ollm_service.core.conflicts import Ask, Conflicts, Demand, DemandKind, WayOut, find_conflicts, longest_fitting
+from ollm_service.core.content import MOST_IMAGE_TOKENS
 from ollm_service.core.labels import ANY
 from ollm_service.core.lifecycle import ExecutionState
 from ollm_service.core.matching import NoMatch, match
@@ -190,9 +191,9 @@ class _Rows:
         longest = prompt = 1
         for offset in range(0, MOST_ROWS_READ, ROWS_AT_ONCE):
             page = self._page(offset)
-            longest = max([longest, *(most_tokens(row.request, self.limit) for row, _ in page)])
-            prompt = max([prompt, *(most_prompt_tokens(row.request) for row, _ in page)])
-            if len(page) < ROWS_AT_ONCE or not own_limit(page[-1][0].request):
+            longest = max([longest, *(most_tokens(row.request, self.limit, self._of_image) for row, _ in page)])
+            prompt = max([prompt, *(most_prompt_tokens(row.request, self._of_image) for row, _ in page)])
+            if len(page) < ROWS_AT_ONCE or not (own_limit(page[-1][0].request) or self._may_have_media):
                 break  # of those without a limit of their own, the longest came first
         return longest, prompt
 
@@ -201,18 +202,30 @@ class _Rows:
         found: list[tuple[NewRow, int]] = []
         for offset in range(0, MOST_ROWS_READ, ROWS_AT_ONCE):
             page = self._page(offset)
-            bounds = [(row, most_tokens(row.request, self.limit)) for row, _ in page]
+            bounds = [(row, most_tokens(row.request, self.limit, self._of_image)) for row, _ in page]
             found += [(row, bound) for row, bound in bounds if bound > tokens]
             if len(page) < ROWS_AT_ONCE or self._most_behind(*page[-1]) <= tokens:
                 break
         return found
+
+    @property
+    def _of_image(self) -> int:
+        profile = self.alike.plan.profile
+        return profile.most_image_tokens if profile else MOST_IMAGE_TOKENS
+
+    @property
+    def _may_have_media(self) -> bool:
+        """Whether tokens may not follow the bytes: a small image becomes as many as a large one."""
+        return self.alike.plan.config.multimodal
 
     def _page(self, offset: int) -> Sequence[tuple[NewRow, int]]:
         return self.service.store.jobs.longest_rows(self.alike.plan_ids, offset=offset, limit=ROWS_AT_ONCE)
 
     def _most_behind(self, row: NewRow, stored_bytes: int) -> int:
         """No row behind this one has a higher bound: its text is no longer, and each message has more bytes than it adds."""
-        return LARGEST_COUNT if own_limit(row.request) else 2 * stored_bytes + TEMPLATE_TOKENS + self.limit
+        return (
+            LARGEST_COUNT if own_limit(row.request) or self._may_have_media else 2 * stored_bytes + TEMPLATE_TOKENS + self.limit
+        )
 
 
 def _standing(ask: Ask | PlanView, there: WorkerView, now_ms: int) -> Standing:

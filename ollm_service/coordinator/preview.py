@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ollm_service.coordinator.drafting import Draft, draft
+from ollm_service.coordinator.drafting import Draft, draft, draft_rows
 from ollm_service.coordinator.fleet import Verdict, live_when_its_turn_comes, verdicts
 from ollm_service.coordinator.promises import rows_digest
 from ollm_service.coordinator.rows import check_rows
@@ -56,7 +56,11 @@ def preview(service: Service, request: PreviewRequest) -> Preview:
     config = service.options.runtime_config(request.runtime)
     settings = service.options.generation_config(request.generation)
     checked = None if request.rows is None else check_rows(request.rows, settings)
-    drafted = draft(service.fleet.snapshot(), request.model, config, request.where)
+    fleet = service.fleet.snapshot()
+    if checked is None:
+        drafted = draft(fleet, request.model, config, request.where)
+    else:
+        drafted, checked = draft_rows(fleet, request.model, config, request.where, checked)
     found = () if drafted.requirements is None else verdicts(drafted.requirements, drafted.fleet.workers)
     quoted = None if checked is None else _quote(service, drafted, checked, settings, request.if_workers)
     preview_id = _keep(service, drafted, request, quoted)

@@ -1,11 +1,14 @@
 """Which rows of a submission can run, and what is kept of each? A row that is wrong by itself never fails its job."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from ollm_service.core.content import MOST_PARTS, WrongPart, kept_part, media_parts, modalities_of
 from ollm_service.core.errors import InvalidJob, InvalidOption, printable, shown
 from ollm_service.core.leasing import RowError
 from ollm_service.core.options import GenerationConfig
+from ollm_service.core.plan import ModelModality
 from ollm_service.store.jobs import NewRow
 
 ROW_FIELDS = ("custom_id", "prompt", "messages", "generation")
@@ -51,6 +54,19 @@ def check_rows(rows: Sequence[Any], generation: GenerationConfig) -> list[NewRow
     spare = _spare_ids(rows, taken=set(given))
     named = {row: custom_id for custom_id, row in given.items()}
     return [_check(number, row, named.get(number) or next(spare), generation) for number, row in enumerate(rows)]
+
+
+def refuse_media(rows: Sequence[NewRow], taken: Collection[ModelModality], model: str) -> list[NewRow]:
+    """The same rows; one that brings what the plan does not take, as an image to a model of text, gets an error instead."""
+    return [_refused_unless_taken(row, taken, model) for row in rows]
+
+
+def _refused_unless_taken(row: NewRow, taken: Collection[ModelModality], model: str) -> NewRow:
+    strange = sorted(modalities_of(row.request.get("messages")) - set(taken))
+    if row.error is not None or not strange:
+        return row
+    message = f"{model} takes {' and '.join(sorted(taken))}, no {' and no '.join(strange)}; name a model that does, or send text."
+    return replace(row, request={}, error=RowError(code="unsupported_content", message=message))
 
 
 def _given_ids(rows: Sequence[Any]) -> dict[str, int]:
@@ -147,16 +163,19 @@ def _prompt_or_messages(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt}
 
 
-def _messages(messages: Any) -> list[dict[str, str]]:
+def _messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise _WrongRow("invalid_messages", "messages must be a list with at least one message.")
-    return [_message(number, message) for number, message in enumerate(messages)]
+    kept = [_message(number, message) for number, message in enumerate(messages)]
+    if sum(1 for _ in media_parts(kept)) > MOST_PARTS:
+        raise _WrongRow("content_too_large", f"The row has more than {MOST_PARTS} images and sounds.")
+    return kept
 
 
-def _message(number: int, message: Any) -> dict[str, str]:
+def _message(number: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise _WrongRow("invalid_messages", f"messages[{number}] is {_kind(message)}, not an object.")
-    kept: dict[str, str] = {}
+    kept: dict[str, Any] = {}
     for name, value in message.items():
         if name not in ("role", "content", "name"):
             if value:
@@ -165,6 +184,9 @@ def _message(number: int, message: Any) -> dict[str, str]:
         if value is None and name == "name":
             continue
         text = _content(number, value) if name == "content" else value
+        if name == "content" and isinstance(text, list):
+            kept[name] = text
+            continue
         if not isinstance(text, str) or not _is_text(text) or (name == "role" and not text):
             raise _WrongRow("invalid_messages", f"messages[{number}].{name} must be a text.")
         kept[name] = text
@@ -175,13 +197,26 @@ def _message(number: int, message: Any) -> dict[str, str]:
 
 
 def _content(number: int, content: Any) -> Any:
-    """The text of a message; a list of text parts becomes one text."""
+    """The text of a message; a list of text parts becomes one text, one with images or sounds stays a list."""
     if not isinstance(content, list):
         return content
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise _WrongRow("unsupported_content", f"messages[{number}].content: only parts of type `text` are supported yet.")
-    return "".join(part["text"] for part in content)
+    kept = [_part(number, part) for part in content]
+    if all(part["type"] == "text" for part in kept):
+        return "".join(part["text"] for part in kept)
+    return kept
+
+
+def _part(number: int, part: Any) -> dict[str, Any]:
+    if not isinstance(part, Mapping):
+        raise _WrongRow("invalid_messages", f"messages[{number}].content: a part is {_kind(part)}, not an object.")
+    if part.get("type") != "text":
+        try:
+            return kept_part(part)
+        except WrongPart as wrong:
+            raise _WrongRow(wrong.code, f"messages[{number}].content: {wrong.message}") from wrong
+    if not isinstance(part.get("text"), str) or not _is_text(part["text"]):
+        raise _WrongRow("invalid_messages", f"messages[{number}].content: a part of type `text` needs a text.")
+    return {"type": "text", "text": part["text"]}
 
 
 def _own_generation(own: Any, generation: GenerationConfig) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ollm_service.coordinator.drafting import Draft, draft
+from ollm_service.coordinator.drafting import Draft, draft, draft_rows
 from ollm_service.coordinator.promises import check_unchanged
 from ollm_service.coordinator.rows import check_rows
 from ollm_service.coordinator.service import DEFAULT_TENANT, Service
+from ollm_service.core.content import MOST_IMAGE_TOKENS
 from ollm_service.core.errors import Conflict, InvalidJob, RequestError
 from ollm_service.core.options import GenerationConfig
 from ollm_service.core.row_size import most_tokens
@@ -62,8 +63,8 @@ def submit(service: Service, submission: Submission) -> Submitted:
     wanted = _wanted(submission) if promised is None else _as_previewed(submission, promised)
     config = service.options.runtime_config(wanted.runtime)
     generation = service.options.generation_config(wanted.generation)
-    rows = check_rows(submission.rows, generation)
-    drafted = draft(service.fleet.snapshot(), wanted.model, config, wanted.where)
+    checked = check_rows(submission.rows, generation)
+    drafted, rows = draft_rows(service.fleet.snapshot(), wanted.model, config, wanted.where, checked)
     if promised is not None:
         check_unchanged(promised, drafted, submission.rows)
     deadline = submission.deadline_seconds
@@ -73,7 +74,7 @@ def submit(service: Service, submission: Submission) -> Submitted:
         model=wanted.model.strip(),
         rows=rows,
         plans=_split(service, rows, generation, drafted),
-        config=config,
+        config=drafted.config,
         generation=generation,
         priority=submission.priority,
         where=wanted.where,
@@ -132,8 +133,9 @@ def retry(service: Service, job_id: str, tenant_id: str, idempotency_key: str | 
 def chunks(rows: Sequence[NewRow], generation: GenerationConfig, drafted: Draft) -> Iterator[tuple[int, ...]]:
     """The numbers of the rows of each plan record, as `core.splitting` says; a row that is wrong by itself needs nothing."""
     profile = drafted.planned.profile
-    context = profile.max_context_tokens if profile else None
-    bounds = [0 if row.error else most_tokens(row.request, generation.max_new_tokens) for row in rows]
+    context = profile.most_row_tokens if profile else None
+    of_image = profile.most_image_tokens if profile else MOST_IMAGE_TOKENS
+    bounds = [0 if row.error else most_tokens(row.request, generation.max_new_tokens, of_image) for row in rows]
     needs = bounds if context is None else [min(bound, context) for bound in bounds]
     for positions in split(needs, rows_per_plan=ROWS_PER_PLAN):
         yield tuple(rows[position].row for position in positions)

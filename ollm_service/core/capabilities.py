@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from ollm_service.core.plan import GenericModelKind, PassId
+from ollm_service.core.plan import GenericModelKind, ModelModality, PassId
 from ollm_service.core.profile import ModelProfile
 
 
@@ -45,7 +45,9 @@ class Capabilities:
     """What one worker advertises: everything that changes seldom. What it has free now is `LiveState`.
 
     `passes` maps every pass to None when the worker can apply it, else to the reason why it cannot; the same for `backends`,
-    `kv_strategies` and `kinds` (see `Requirements.kind`). `no_adapters_because` is None where it can put an adapter on a model.
+    `kv_strategies`, `kinds` (see `Requirements.kind`) and `quantizations`, ways to pack weights that take a library,
+    and `modalities`, what rows may bring besides text.
+    `no_adapters_because` is None where it can put an adapter on a model.
     `may_download`: it may fetch models from the hub; where `downloadable` has patterns such as `org/*`, only repositories that
     fit one of them. The defaults are for workers that say nothing of these. `labels` are the operator's; numbers compare as
     numbers.
@@ -59,6 +61,8 @@ class Capabilities:
     passes: Mapping[PassId, str | None]
     kv_strategies: Mapping[str, str | None]
     kinds: Mapping[str, str | None] = field(default_factory=lambda: {GenericModelKind.CAUSAL_LM.value: None})
+    quantizations: Mapping[str, str | None] = field(default_factory=dict)
+    modalities: Mapping[ModelModality, str | None] = field(default_factory=dict)
     no_adapters_because: str | None = "not known to this worker"
     models: tuple[ModelProfile, ...] = ()
     cache_disk: CacheDisk | None = None

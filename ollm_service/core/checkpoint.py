@@ -14,13 +14,13 @@ from ollm_service.core.model_config import ModelConfig
 from ollm_service.core.plan import GenericModelKind, ModelModality
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.providers import family_of
+from ollm_service.core.quantization import LOADED_QUANTIZATIONS
 from ollm_service.core.row_state import row_state
 from ollm_service.core.tensors import BITS, Tensor
 from ollm_service.core.weights import weigh
 
 LENGTH_BYTES = 8
 LONGEST_HEADER = 16 * 1024**2
-LOADED_QUANTIZATION = "mxfp4"
 _MOST_DIMENSIONS = 16
 _SPEECH_KEYS = ("num_mel_bins", "input_feat_per_channel")
 
@@ -105,10 +105,11 @@ def profile_of(
     if config.get("auto_map") and architecture not in NATIVE_ARCHITECTURES:
         raise BrokenCheckpoint(f"it needs remote code: transformers has no {architecture or 'such architecture'} of its own")
     is_quantized = facts.whole.get("quantization_config") or facts.text.get("quantization_config")
-    if is_quantized and facts.quantization != LOADED_QUANTIZATION:
+    if is_quantized and facts.quantization not in LOADED_QUANTIZATIONS:
         how = printable(facts.quantization or "in a way that has no name")
         raise BrokenCheckpoint(
-            f"its weights are quantized ({how}), which this version does not load; take plain weights, or {LOADED_QUANTIZATION}"
+            f"its weights are quantized ({how}), which this version does not load; take plain weights, or one of "
+            f"{', '.join(LOADED_QUANTIZATIONS)}"
         )
     kind, modalities = _kind_and_modalities(config, architecture, has_processor=has_processor)
     dtype = facts.dtype(tensors)
@@ -126,6 +127,7 @@ def profile_of(
         requires_processor=kind is GenericModelKind.IMAGE_TEXT_TO_TEXT or ModelModality.AUDIO in modalities,
         has_processor=has_processor,
         dtype=dtype,
+        quantization=facts.quantization,
         weight_bytes=weights.total,
         parameter_count=weights.parameter_count,
         layer_count=facts.layer_count or len(weights.layers),
@@ -150,6 +152,7 @@ def profile_of(
         cross_kv_bytes_per_token=kept.cross_per_token,
         widest_kv_bytes_per_token=kept.widest_per_token,
         max_context_tokens=facts.context_tokens,
+        image_tokens=facts.image_tokens,
         has_chat_template=has_chat_template,
     )
 

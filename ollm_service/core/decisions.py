@@ -27,8 +27,8 @@ class Outcome(StrEnum):
 class Decision:
     """One row. None in a condition leaves it open; the reason's braces are filled in from the model and the options.
 
-    `is_specialized`: there is no adapter and exactly one provider matches. `is_loadable`: the model's kind is known, or it can be
-    downloaded and nobody has it yet.
+    `is_specialized`: there is no adapter, no weights that a library has packed, and exactly one provider matches. `is_loadable`:
+    the model's kind is known, or it can be downloaded and nobody has it yet.
     """
 
     backend: str

@@ -13,8 +13,9 @@ from ollm_service.core.capabilities import CacheDisk, Capabilities, Device, Live
 from ollm_service.core.errors import InvalidOption
 from ollm_service.core.labels import Attributes
 from ollm_service.core.options import KVCacheStrategy
-from ollm_service.core.plan import BackendId, PassId
+from ollm_service.core.plan import BackendId, ModelModality, PassId
 from ollm_service.core.profile import ModelProfile
+from ollm_service.core.quantization import QUANTIZATION_LIBRARIES
 from ollm_service.core.wire import from_json, to_json
 
 GIB, GB, TERA = 1024**3, 1e9, 1e12
@@ -72,6 +73,8 @@ def hypothetical(wanted: str | Mapping[str, Any], model: ModelProfile) -> tuple[
         backends={backend.value: None for backend in BackendId},
         passes=dict.fromkeys(PassId),
         kv_strategies=dict.fromkeys(KVCacheStrategy),
+        quantizations=dict.fromkeys(QUANTIZATION_LIBRARIES),
+        modalities=dict.fromkeys(ModelModality),
         models=(model,),
         cache_disk=DISK,
         labels=labels,
@@ -89,6 +92,8 @@ def as_offered_by(capabilities: Capabilities, example: Capabilities) -> Capabili
         passes=example.passes,
         kv_strategies=example.kv_strategies,
         kinds=example.kinds,
+        quantizations=example.quantizations,
+        modalities=example.modalities,
         no_adapters_because=example.no_adapters_because,
     )
 

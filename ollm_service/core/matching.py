@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ollm_service.core.capabilities import Capabilities, Device
 from ollm_service.core.labels import names_in, satisfies
 from ollm_service.core.options import KVCacheStrategy
-from ollm_service.core.plan import PassId
+from ollm_service.core.plan import ModelModality, PassId
 from ollm_service.core.requirements import Requirements
 
 GIB = 1024**3
@@ -34,7 +34,8 @@ class FleetMatch:
 
 
 _MATCH = Match()
-_RESIDENT, _CPU_OFFLOAD = KVCacheStrategy.RESIDENT, PassId.CPU_OFFLOAD  # looked up once, not for each worker
+# Looked up once, not for each worker.
+_RESIDENT, _CPU_OFFLOAD, _TEXT = KVCacheStrategy.RESIDENT, PassId.CPU_OFFLOAD, ModelModality.TEXT
 
 
 def match(requirements: Requirements, capabilities: Capabilities) -> Match | NoMatch:
@@ -122,13 +123,27 @@ def _shortfalls(requirements: Requirements, capabilities: Capabilities) -> list[
         lacking = capabilities.kv_strategies.get(strategy, UNKNOWN)
         if lacking is not None:
             found.append(f"KV cache strategy {strategy}: {lacking}")
-    for told in (_model_shortfall, _device_shortfall, _disk_shortfall):
+    for told in (_input_shortfall, _packing_shortfall, _model_shortfall, _device_shortfall, _disk_shortfall):
         lacking = told(requirements, capabilities)
         if lacking is not None:
             found.append(lacking)
     if requirements.where is not None and not _holds(requirements.where, capabilities):
         found.append(f"labels: `{requirements.where}` does not hold here")
     return found
+
+
+def _input_shortfall(requirements: Requirements, capabilities: Capabilities) -> str | None:
+    for modality in requirements.modalities:
+        lacking = None if modality == _TEXT else capabilities.modalities.get(modality, UNKNOWN)
+        if lacking is not None:
+            return f"{modality} input: {lacking}"
+    return None
+
+
+def _packing_shortfall(requirements: Requirements, capabilities: Capabilities) -> str | None:
+    method = requirements.quantization
+    lacking = None if method is None else capabilities.quantizations.get(method, UNKNOWN)
+    return None if lacking is None else f"weights quantized by {method}: {lacking}"
 
 
 def _model_shortfall(requirements: Requirements, capabilities: Capabilities) -> str | None:

@@ -5,10 +5,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from ollm_service.core.quantization import quantization_of
 from ollm_service.core.tensors import ELEMENT_BYTES, FLOATS, Tensor
 
 MOST_LAYERS = 10_000
 _LARGEST_FACT = 2**40
+_AROUND_AN_IMAGE = 8  # a token before and one behind, and line breaks
 _NESTED_TEXT = ("text_config", "llm_config", "language_config", "decoder")
 
 
@@ -66,8 +68,13 @@ class ModelConfig:
     @property
     def quantization(self) -> str | None:
         """How the weights were quantized, if they were."""
+        return quantization_of(self.quantization_scheme)
+
+    @property
+    def quantization_scheme(self) -> Mapping[str, Any]:
+        """The `quantization_config` as it stands there; empty where there is none."""
         scheme = self.whole.get("quantization_config")
-        return _text(scheme, "quant_method") if isinstance(scheme, dict) else None
+        return scheme if isinstance(scheme, dict) else {}
 
     @property
     def layer_count(self) -> int:
@@ -120,6 +127,14 @@ class ModelConfig:
     def context_tokens(self) -> int | None:
         """The longest context that it was made for."""
         return self.fact("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx") or None
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of an image with what stands around it, where every image has as many; else 0."""
+        count = self.whole.get("mm_tokens_per_image")
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 < count < _LARGEST_FACT:
+            return 0
+        return count + _AROUND_AN_IMAGE
 
     def dtype(self, tensors: Iterable[Tensor]) -> str | None:
         """The element type in which the model is loaded: what the configuration says, else that of most weights."""

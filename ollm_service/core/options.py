@@ -40,13 +40,14 @@ class RuntimeConfig:
     """How the user wants the model to run; every default leaves the choice to the planner or the worker.
 
     A device, a backend, a KV strategy or window, chunk rows and offloaded layers are hard requirements when set; the rest is
-    preference. An `offload_cpu_policy` that names layers, such as `exact:0,3,5-7`, says how many there are, too. Raises
-    InvalidOption naming the field and the allowed values.
+    preference. The `draft_model` guesses tokens, and changes none. An `offload_cpu_policy` that names layers, such as
+    `exact:0,3,5-7`, says how many there are, too. Raises InvalidOption naming the field and the allowed values.
     """
 
     device: str | None = None
     backend: str | None = None
     adapter_dir: str | None = None
+    draft_model: str | None = None
     multimodal: bool = False
     use_specialization: bool = True
     use_cache: bool = True

@@ -10,6 +10,8 @@ from ollm_service.core.plan import BackendId
 
 # What a layer computes at a time; prompts' tokens in one pass, unless a single prompt has more.
 BLOCK_TOKENS, MOST_PACK_TOKENS = 1024, 8192
+# Tokens of one guess of a draft model; among more rows each token saves too little.
+USUAL_GUESS_TOKENS, MOST_DRAFTED_ROWS = 4, 16
 # Scores, or cells of a mask, that are there at a time.
 MOST_CELLS = 4 * 1024**2
 # Tokens that are tried in advance: of one row, and of all rows together with their newest ones.

@@ -27,16 +27,16 @@ The ladder of tiers, best first, on each device in turn, accelerators before the
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from itertools import accumulate
 
 from ollm_service.core.capabilities import Capabilities, Device, LiveState
 from ollm_service.core.estimates import RUNTIME_BYTES, MemoryEstimate, estimate_memory
 from ollm_service.core.kv_selector import KVChoice, select_kv_strategy
 from ollm_service.core.layout import USUAL_WINDOW_TOKENS, Layout
+from ollm_service.core.leaving import LeavingLayers, has_demanded_layers, is_routed
 from ollm_service.core.matching import able_devices
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
 from ollm_service.core.packing import runs_in_packs
-from ollm_service.core.passing import HOST_SLOTS, passing_experts, passing_layers, slots_of, tile_bytes, vocabulary_bytes
+from ollm_service.core.passing import vocabulary_bytes
 from ollm_service.core.plan import PassId, RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import Requirements
@@ -144,7 +144,7 @@ def place(
     Where none does and `rows.shortest` is given, the best for half as many tokens, and so on down to the shortest row: a few long
     rows must not block the rest, and the bound of a row's tokens is far above what most have.
     """
-    tokens = min(rows.longest, profile.max_context_tokens or rows.longest)
+    tokens = min(rows.longest, profile.most_row_tokens or rows.longest)
     most_rows = max(1, min(MOST_ROWS, micro_batch_limit or MOST_ROWS, rows.count or MOST_ROWS))
     refused: tuple[RefusedTier, ...] = ()
     while True:
@@ -164,16 +164,6 @@ def usable_bytes(live: LiveState, device: Device) -> int:
     return max(0, int(free * USABLE_FRACTION) - RUNTIME_BYTES.get(device.kind, 0))
 
 
-def offloaded_layers(total: int, count: int, policy: str) -> range:
-    """Which `count` of `total` layers leave the device: the first, the last, or a band in the middle, which `auto` means, too.
-
-    A larger count keeps the layers of a smaller one. No more than there are.
-    """
-    count = min(count, total)
-    start = {"prefix": 0, "suffix": total - count}.get(policy, (total - count) // 2)
-    return range(start, start + count)
-
-
 @dataclass(frozen=True, slots=True)
 class _Request:
     """What is asked of every device: rows of up to `tokens` tokens, at most `most_rows` at a time."""
@@ -189,9 +179,8 @@ class _Request:
 
     @property
     def has_demanded_layers(self) -> bool:
-        """Whether layers leave the device because the user said how many."""
-        config = self.config
-        return config.offload_cpu_layers > 0 or 0 < config.offload_gpu_layers < self.profile.layer_count
+        """Whether layers leave the device because the user said so."""
+        return has_demanded_layers(self.profile, self.config)
 
     def layout(self, device: Device) -> Layout:
         """How the model runs in the first tier."""
@@ -203,15 +192,9 @@ class _Request:
             window_tokens=self.config.kv_cache_window_tokens or USUAL_WINDOW_TOKENS,
             mlp_rows=mlp_rows,
             is_sampled=self.rows.are_sampled,
-            is_routed=self._is_routed,
+            is_routed=is_routed(self.plan, self.capabilities),
             is_packed=runs_in_packs(self.profile.model_type, self.plan.backend_id),
         )
-
-    @property
-    def _is_routed(self) -> bool:
-        """Whether layers that leave the device do so without their experts."""
-        is_planned = PassId.MOE_ROUTING in self.plan.specialization_pass_ids
-        return is_planned and self.capabilities.passes.get(PassId.MOE_ROUTING, "not known to this worker") is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,98 +375,26 @@ def _rows(found: _Found | RefusedTier) -> int:
 
 def _try_passing(room: _Room, tier: Tier, layout: Layout) -> _Found | RefusedTier:
     """First the most rows, then the fewest layers that pass."""
-    counts = _Counts.of(room, layout, from_disk=tier is Tier.LAYERS_FROM_DISK)
-    one_row = counts.fewest(room, room.estimate(layout, 1))
-    if one_row is None:
-        return room.refuse(tier, counts.nearest(room, room.estimate(layout, 1)))
+    leaving = LeavingLayers.of(room.request.profile, room.request.config, layout, from_disk=tier is Tier.LAYERS_FROM_DISK)
+
+    def fewest(working: MemoryEstimate) -> int | None:
+        if working.disk > room.disk_bytes:
+            return None
+        return leaving.fewest(room.device_bytes - working.device_bytes, room.host_bytes - working.host)
+
+    one_row = room.estimate(layout, 1)
+    if fewest(one_row) is None:
+        nearest = leaving.nearest(room.device_bytes - one_row.device_bytes)
+        weights, host = one_row.weights + leaving.device[nearest], one_row.host + leaving.host[nearest]
+        return room.refuse(tier, replace(one_row, weights=weights, host=host))
     low, high = 1, room.request.most_rows
     while low < high:
         middle = (low + high + 1) // 2
-        fits = counts.fewest(room, room.estimate(layout, middle)) is not None
-        low, high = (middle, high) if fits else (low, middle - 1)
-    estimate = room.estimate(layout, low)
-    count = counts.fewest(room, estimate)
-    assert count is not None
-    return low, counts.laid_out(room, layout, estimate, count)
-
-
-@dataclass(frozen=True, slots=True)
-class _Counts:
-    """For each number of layers that may leave the device, which they are and what is needed for them, in bytes.
-
-    `device` is what they change there (they go, and what they pass through comes), `host` what host memory needs.
-    """
-
-    counts: Sequence[int]
-    bands: Sequence[Sequence[int]]
-    device: Sequence[int]
-    host: Sequence[int]
-    from_disk: bool
-
-    @classmethod
-    def of(cls, room: _Room, layout: Layout, *, from_disk: bool) -> "_Counts":
-        """All numbers, or the one that was asked for."""
-        config, profile = room.request.config, room.request.profile
-        total, policy = len(profile.layer_bytes), config.offload_cpu_policy
-        counts: Sequence[int] = range(1, total + 1)
-        if config.offload_cpu_layers:
-            counts = (min(config.offload_cpu_layers, total),)
-        elif room.request.has_demanded_layers:
-            counts, policy = (total - config.offload_gpu_layers,), "suffix"
-        exact = config.exact_cpu_layers
-        bands: Sequence[Sequence[int]] = [exact] if exact else [offloaded_layers(total, count, policy) for count in counts]
-        sums = list(accumulate(profile.layer_bytes, initial=0))
-        left = [sums[band[-1] + 1] - sums[band[0]] for band in bands]
-        if len(bands) == 1:
-            left = [sum(profile.layer_bytes[layer] for layer in bands[0])]
-        whole = _largest(profile.layer_bytes, bands)
-        pieces = _largest(passing_layers(profile, is_routed=layout.is_routed), bands)
-        experts = _largest(passing_experts(profile, is_routed=layout.is_routed), bands)
-        on_disk = layout.vocabulary_on_disk
-        slots = [slots_of(profile, *sizes, vocabulary_on_disk=on_disk) for sizes in zip(pieces, experts, strict=True)]
-        if room.device.kind == "cpu":
-            host = [0] * len(bands)
-        else:
-            tile = tile_bytes(profile) * on_disk
-            host = [HOST_SLOTS * max(size, tile) for size in whole] if from_disk else left
-        device = [passing - gone for passing, gone in zip(slots, left, strict=True)]
-        return cls(counts, bands, device, host, from_disk)
-
-    def fewest(self, room: _Room, working: MemoryEstimate) -> int | None:
-        """The position of the first number that fits beside an estimate of all on the device."""
-        device, host = room.device_bytes - working.device_bytes, room.host_bytes - working.host
-        if working.disk > room.disk_bytes:
-            return None
-        return next((n for n in range(len(self.counts)) if self.device[n] <= device and self.host[n] <= host), None)
-
-    def nearest(self, room: _Room, working: MemoryEstimate) -> MemoryEstimate:
-        """What one row needs at the least, where it does not fit: in host memory if the device has room, else on the device."""
-        device = room.device_bytes - working.device_bytes
-        able = [n for n in range(len(self.counts)) if self.device[n] <= device]
-        best = min(able or range(len(self.counts)), key=lambda n: self.host[n] if able else self.device[n])
-        return replace(working, weights=working.weights + self.device[best], host=working.host + self.host[best])
-
-    def laid_out(self, room: _Room, layout: Layout, working: MemoryEstimate, position: int) -> Layout:
-        """The layers by name; of those that come from disk as many as fit are kept in host memory."""
-        band = self.bands[position]
-        if not self.from_disk:
-            return replace(layout, host_layers=tuple(band))
-        if room.device.kind == "cpu":
-            return replace(layout, disk_layers=tuple(band))
-        sizes, kept = room.request.profile.layer_bytes, 0
-        left = room.host_bytes - working.host - self.host[position]
-        while kept < len(band) - 1 and sizes[band[kept]] <= left:
-            left -= sizes[band[kept]]
-            kept += 1
-        return replace(layout, host_layers=tuple(band[:kept]), disk_layers=tuple(band[kept:]))
-
-
-def _largest(sizes: Sequence[int], bands: Sequence[Sequence[int]]) -> list[int]:
-    """The largest of the sizes in each band; of several bands each has those of the one before and one more at its ends."""
-    found = [max(sizes[layer] for layer in bands[0])]
-    for band in bands[1:]:
-        found.append(max(found[-1], sizes[band[0]], sizes[band[-1]]))
-    return found
+        low, high = (middle, high) if fewest(room.estimate(layout, middle)) is not None else (low, middle - 1)
+    working = room.estimate(layout, low)
+    position = fewest(working)
+    assert position is not None
+    return low, leaving.laid_out(layout, position, room.host_bytes - working.host)
 
 
 def _placement(

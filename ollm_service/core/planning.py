@@ -26,6 +26,7 @@ from ollm_service.core.providers import (
     GDS_EXPORT_DETAIL,
     PROCESSOR_DETAIL,
     PROVIDERS,
+    QUANTIZATION_DETAIL,
     SpecializationProvider,
     has_export,
     matching_providers,
@@ -51,11 +52,14 @@ def plan(
     """Resolve the reference against the fleet's inventory and plan it.
 
     Of several models under one name the one with `preferred_digest` is taken, where it is among them. Raises InvalidReference
-    for a malformed reference or an adapter's path that leaves the models root, ModelNotFound for an opaque name or path that no
-    worker has, and InvalidOption where several providers match. A plan that is not executable is returned, with its reason.
+    for a malformed reference or a path of an adapter or a draft that leaves the models root, ModelNotFound for an opaque name
+    or path that no worker has, and InvalidOption where several providers match. A plan that is not executable is returned, with
+    its reason.
     """
     if config.adapter_dir is not None:
         inner_path(config.adapter_dir, raw=config.adapter_dir, param="adapter_dir")
+    if config.draft_model is not None:
+        inner_path(config.draft_model, raw=config.draft_model, param="draft_model")
     found = resolve(parse_reference(reference), inventory, preferred_digest=preferred_digest)
     return Planned(plan=plan_resolved(found.resolved, config), profile=found.profile)
 
@@ -64,7 +68,8 @@ def plan_resolved(
     resolved: ResolvedModel, config: RuntimeConfig, providers: Sequence[SpecializationProvider] = PROVIDERS
 ) -> RuntimePlan:
     """Choose a backend for a resolved model by the decision table, then hold the choice against what was asked for."""
-    matching = () if config.adapter_dir else matching_providers(resolved, providers)
+    is_packed = QUANTIZATION_DETAIL in resolved.capabilities.details
+    matching = () if config.adapter_dir or is_packed else matching_providers(resolved, providers)
     if len(matching) > 1:
         names = ", ".join(provider.provider_id for provider in matching)
         raise InvalidOption("model", f"several specializations match this model: {names}")
@@ -232,6 +237,9 @@ def _why_not_multimodal(candidate: RuntimePlan) -> str | None:
 def _why_not_native(resolved: ResolvedModel, config: RuntimeConfig, providers: Sequence[SpecializationProvider]) -> str:
     if config.adapter_dir:
         return "an adapter rules specialization out"
+    packed = resolved.capabilities.details.get(QUANTIZATION_DETAIL)
+    if packed is not None:
+        return f"weights quantized by {packed} rule specialization out"
     if resolved.architecture is None:
         return "its architecture is not known before a worker has it" if resolved.digest is None else "it names no architecture"
     lacking = [provider for provider in providers if provider.family is resolved.native_family and provider.needs_export]

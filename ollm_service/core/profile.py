@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from ollm_service.core.content import MOST_IMAGE_TOKENS
 from ollm_service.core.plan import GenericModelKind, ModelModality, NativeFamily
 from ollm_service.core.tensors import ELEMENT_BYTES
 
@@ -17,6 +18,8 @@ class ModelProfile:
     preprocessor's configuration is there. `has_gds_export`: there is a raw export of
     its weights that may be read; `gds_export_problem` says why one that is there may not.
 
+    `quantization` is the method by which its weights were packed, if they were.
+
     Weights, as loaded in `dtype`: `weight_bytes` all of them; `layer_bytes` each decoder layer, routed experts included, empty
     where the layers cannot be told apart; `embedding_bytes` the input embeddings, positions among them; `head_bytes` the output
     head, 0 where it is the embedding; `expert_bytes` all routed experts of all layers, `layer_expert_bytes` those of each. The
@@ -26,7 +29,8 @@ class ModelProfile:
     `sliding_window` tokens, `state_bytes_per_row` the recurrent and convolution states of layers without attention, and
     `cross_kv_bytes_per_token` what a decoder keeps of each token of its source; `widest_kv_bytes_per_token` the one layer whose
     keys and values are the widest. `attention_width` is that of a layer's queries, all heads together; `linear_heads` and
-    `linear_head_size` are those of layers of linear attention by the gated delta rule.
+    `linear_head_size` are those of layers of linear attention by the gated delta rule. `image_tokens` are what an image becomes,
+    0 where that depends on the image or is not known.
     """
 
     name: str
@@ -40,6 +44,7 @@ class ModelProfile:
     requires_processor: bool = False
     has_processor: bool = False
     dtype: str | None = None
+    quantization: str | None = None
     weight_bytes: int = 0
     parameter_count: int = 0
     layer_count: int = 0
@@ -64,6 +69,7 @@ class ModelProfile:
     cross_kv_bytes_per_token: int = 0
     widest_kv_bytes_per_token: int = 0
     max_context_tokens: int | None = None
+    image_tokens: int = 0
     has_chat_template: bool = False
     has_gds_export: bool = False
     gds_export_problem: str | None = None
@@ -90,6 +96,17 @@ class ModelProfile:
     def other_bytes(self) -> int:
         """The weights that are neither decoder layers nor embeddings nor head: towers, encoders, norms."""
         return self.weight_bytes - sum(self.layer_bytes) - self.embedding_bytes - self.head_bytes
+
+    @property
+    def most_image_tokens(self) -> int:
+        """What an image of a row becomes at the most."""
+        return self.image_tokens or MOST_IMAGE_TOKENS
+
+    @property
+    def most_row_tokens(self) -> int | None:
+        """The most tokens that a row can have with its answer: an encoder's source has a context beside the answer's own."""
+        both = 2 if self.kind is GenericModelKind.SEQ2SEQ_LM else 1
+        return None if self.max_context_tokens is None else both * self.max_context_tokens
 
     def kv_bytes(self, tokens: int, source_tokens: int = 0) -> int:
         """What a row of so many tokens keeps between two forward passes; `source_tokens` are those that an encoder read."""

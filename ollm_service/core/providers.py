@@ -9,7 +9,7 @@ from ollm_service.core.options import RuntimeConfig
 from ollm_service.core.plan import ModelModality, NativeFamily, PassId, ResolvedModel
 
 # What inspection knows of a model beyond the fields of a resolved one; kept in its capabilities' details.
-GDS_EXPORT_DETAIL, PROCESSOR_DETAIL = "gds_export", "processor_files"
+GDS_EXPORT_DETAIL, PROCESSOR_DETAIL, QUANTIZATION_DETAIL = "gds_export", "processor_files", "quantization"
 
 FAMILY_ARCHITECTURES: Mapping[NativeFamily, tuple[str, ...]] = MappingProxyType(
     {

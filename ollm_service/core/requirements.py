@@ -10,6 +10,7 @@ from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
 from ollm_service.core.passing import passing_layers
 from ollm_service.core.plan import ModelModality, PassId, RuntimePlan
 from ollm_service.core.profile import ModelProfile
+from ollm_service.core.quantization import QUANTIZATION_LIBRARIES
 
 SMALLEST_CACHE_BYTES = 16 * 1024**2
 
@@ -23,7 +24,8 @@ class Requirements:
     never from the rows, so that classes stay few. `model_digest` null with `download` set means that the worker must be allowed
     to fetch that repository; one excludes the other. `kind` is the kind of model that it must run; for a model of no generic
     kind, which only its family's provider can run, the family; null where neither is known yet. `adapter` demands that it can put
-    an adapter on the model. Raises ValueError for a digest and a download together, InvalidExpression for a `where` that is no
+    an adapter on the model, `modalities` that it has what images or sounds take, `quantization` that it has the libraries for
+    weights packed in that way. Raises ValueError for a digest and a download together, InvalidExpression for a `where` that is no
     label expression.
     """
 
@@ -36,6 +38,7 @@ class Requirements:
     dtype: str | None = None
     kind: str | None = None
     adapter: bool = False
+    quantization: str | None = None
     modalities: tuple[ModelModality, ...] = (ModelModality.TEXT,)
     memory_bytes: int = 0
     offloaded_bytes: int = 0
@@ -60,6 +63,7 @@ class Requirements:
             "dtype": self.dtype,
             "kind": self.kind,
             "adapter": self.adapter,
+            "quantization": self.quantization,
             "modalities": [modality.value for modality in self.modalities],
             "memory_bytes": self.memory_bytes,
             "offloaded_bytes": self.offloaded_bytes,
@@ -104,7 +108,8 @@ def requirements_of(
         dtype=profile.dtype if profile else None,
         kind=_kind(plan, profile),
         adapter=config.adapter_dir is not None,
-        modalities=resolved.capabilities.modalities,
+        quantization=profile.quantization if profile and profile.quantization in QUANTIZATION_LIBRARIES else None,
+        modalities=resolved.capabilities.modalities if config.multimodal else (ModelModality.TEXT,),
         memory_bytes=profile.weight_bytes if profile else 0,
         offloaded_bytes=_offloaded(plan, profile) if profile else 0,
         cache_bytes=SMALLEST_CACHE_BYTES if PassId.DISK_CACHE in passes else 0,

@@ -13,7 +13,8 @@ from ollm_service.core.catalog import CATALOG, CatalogEntry, entry_for_repo
 from ollm_service.core.errors import ModelNotFound
 from ollm_service.core.plan import CapabilityProfile, ModelSourceKind, ResolvedModel, SupportLevel
 from ollm_service.core.profile import ModelProfile
-from ollm_service.core.providers import GDS_EXPORT_DETAIL, PROCESSOR_DETAIL
+from ollm_service.core.providers import GDS_EXPORT_DETAIL, PROCESSOR_DETAIL, QUANTIZATION_DETAIL
+from ollm_service.core.quantization import QUANTIZATION_LIBRARIES
 from ollm_service.core.reference import ModelReference
 
 SHORT_DIGEST = 12
@@ -149,7 +150,7 @@ def _capabilities(entry: CatalogEntry | None, profile: ModelProfile | None) -> C
 
 
 def _known_details(profile: ModelProfile) -> dict[str, str]:
-    """What planning goes by beyond the fields: a raw export, and the files of a processor where one is needed."""
+    """What planning goes by beyond the fields: a raw export, the files of a processor where one is needed, packed weights."""
     details: dict[str, str] = {}
     if profile.has_gds_export:
         details[GDS_EXPORT_DETAIL] = "present"
@@ -157,6 +158,8 @@ def _known_details(profile: ModelProfile) -> dict[str, str]:
         details[GDS_EXPORT_DETAIL] = profile.gds_export_problem
     if profile.requires_processor:
         details[PROCESSOR_DETAIL] = "present" if profile.has_processor else "missing"
+    if profile.quantization is not None and profile.quantization in QUANTIZATION_LIBRARIES:
+        details[QUANTIZATION_DETAIL] = profile.quantization
     return details
 
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ollm_service.core.model_config import MOST_LAYERS, ModelConfig
-from ollm_service.core.tensors import Tensor
+from ollm_service.core.quantization import COMPRESSED_TENSORS, fewest_bits, is_gone_when_plain
+from ollm_service.core.tensors import BITS, ELEMENT_BYTES, FLOATS, Tensor
 
 TOWERS = ("vision", "visual", "image", "audio", "speech", "encoder", "qformer")
 _EMBEDDINGS = (
@@ -148,6 +149,8 @@ def _loaded_bytes(tensor: Tensor, config: ModelConfig, dtype: str | None) -> int
     if config.quantization == "mxfp4" and tensor.dtype == "U8":
         # Two numbers a byte, unpacked to bfloat16 where the packed form has no kernels; their scales are then gone.
         return 4 * tensor.element_count if tensor.name.endswith(_PACKED) else 0
+    if config.quantization == COMPRESSED_TENSORS and (is_gone_when_plain(tensor.name) or tensor.dtype not in FLOATS):
+        return _parameters(tensor, config) * ELEMENT_BYTES.get(dtype or "", 4)
     if dtype == "float16" and _WIDE_IN_HALF.search(tensor.name):
         return tensor.loaded_bytes("float32")
     return tensor.loaded_bytes(dtype)
@@ -156,4 +159,13 @@ def _loaded_bytes(tensor: Tensor, config: ModelConfig, dtype: str | None) -> int
 def _parameters(tensor: Tensor, config: ModelConfig) -> int:
     if config.quantization == "mxfp4" and tensor.dtype == "U8":
         return 2 * tensor.element_count if tensor.name.endswith(_PACKED) else 0
+    if config.quantization == COMPRESSED_TENSORS:
+        if is_gone_when_plain(tensor.name):
+            return 0
+        is_packed = tensor.name.endswith("weight_packed")
+        return (
+            tensor.element_count
+            * BITS[tensor.dtype]
+            // (fewest_bits(config.quantization_scheme) if is_packed else BITS[tensor.dtype])
+        )
     return tensor.element_count

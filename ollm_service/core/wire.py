@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import PurePosixPath
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from ollm_service.core.adapters import Adapter
 from ollm_service.core.errors import RequestError
 from ollm_service.core.leasing import RowResult, WorkRow
 from ollm_service.core.options import RuntimeConfig
@@ -32,8 +33,9 @@ class Execute:
     """Supervisor: load the model unless it is warm, apply the planned passes and answer the rows.
 
     `model_dir` and `cache_dir` are absolute on this host; the runner makes a private folder inside `cache_dir` and deletes it
-    at the end. In `weights_dir` runners share weights in the form in which layers are read from disk. At most
-    `placement.micro_batch` rows run at a time; `suspects` are rows that crashed a runner before, which run last and each alone.
+    at the end. In `weights_dir` runners share weights in the form in which layers are read from disk. The model in `draft_dir`
+    guesses tokens. At most `placement.micro_batch` rows run at a time; `suspects` are rows that crashed a runner before, which
+    run last and each alone.
     """
 
     plan_id: str
@@ -47,6 +49,9 @@ class Execute:
     rows: tuple[WorkRow, ...]
     suspects: frozenset[int] = frozenset()
     weights_dir: str | None = None
+    adapter: Adapter | None = None
+    draft_dir: str | None = None
+    draft_digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,10 @@ from functools import cached_property
 
 from ollm_service.core.capabilities import Capabilities, Device, LiveState
 from ollm_service.core.dealing import Pile
+from ollm_service.core.leaving import is_routed
 from ollm_service.core.matching import NoMatch, match
 from ollm_service.core.options import RuntimeConfig
+from ollm_service.core.passing import passing_layers
 from ollm_service.core.placement import Placement, RowBounds, Unplaceable, place
 from ollm_service.core.plan import RuntimePlan
 from ollm_service.core.profile import ModelProfile
@@ -108,7 +110,7 @@ class Work:
     @property
     def most_context(self) -> int:
         """The tokens that no row may exceed, on any machine."""
-        return self.job.profile.max_context_tokens or self.longest
+        return self.job.profile.most_row_tokens or self.longest
 
     def share(self, luck: bool | None) -> float:
         """The part of the allowed tokens that is made: expected, or with good or bad luck."""
@@ -157,7 +159,7 @@ def parts_of(job: Job, candidates: Sequence[Candidate], attempts: Sequence[Measu
 
     Where some candidate holds only the shorter rows of a group, the longer ones are a part of their own. Never empty.
     """
-    context = job.profile.max_context_tokens
+    context = job.profile.most_row_tokens
     needs = [most_tokens_of(row, context) for row in job.rows]
     parts = []
     for group in groups(needs) or [[]]:
@@ -173,7 +175,7 @@ def _cut(part: Part, candidates: Sequence[Candidate], attempts: Sequence[Measure
     job, ratio = part.work.job, tokens_per_byte(attempts, part.work.job.profile)
     pieces: dict[int, list[RowSize]] = {}
     for row in job.rows:
-        length = _length(_prompt_tokens(row, ratio), row.max_new_tokens, job.profile.max_context_tokens)
+        length = _length(_prompt_tokens(row, ratio), row.max_new_tokens, job.profile.most_row_tokens)
         pieces.setdefault(bisect_left(limits, length), []).append(row)
     if len(pieces) < 2:
         return [part]
@@ -195,7 +197,7 @@ def part_of(job: Job, candidates: Sequence[Candidate], attempts: Sequence[Measur
 def _work(job: Job, attempts: Sequence[MeasuredAttempt]) -> Work:
     ratio, share = tokens_per_byte(attempts, job.profile), output_share(attempts)
     prompts = [_prompt_tokens(row, ratio) for row in job.rows]
-    context = job.profile.max_context_tokens
+    context = job.profile.most_row_tokens
     rows = sorted((_length(prompt, row.max_new_tokens, context), prompt) for row, prompt in zip(job.rows, prompts, strict=True))
     return Work(
         job=job,
@@ -246,7 +248,7 @@ def _worker_quote(work: Work, candidate: Candidate, attempts: Sequence[MeasuredA
         placement=placed,
         device=device,
         free_bytes=candidate.live.device_free_bytes.get(device.device_id, 0),
-        rate=rate or probed_rate(job.profile, device, disk_rate=disk_rate, run=_run(work, placed)),
+        rate=rate or probed_rate(job.profile, device, disk_rate=disk_rate, run=_run(work, placed, capabilities)),
         left_out_rows=0 if longest is None else work.row_count - bisect_right(work.lengths, longest),
         longest_row_tokens=longest,
     )
@@ -266,12 +268,13 @@ def _bounds(work: Work) -> RowBounds:
     )
 
 
-def _run(work: Work, placed: Placement) -> Run:
+def _run(work: Work, placed: Placement, capabilities: Capabilities) -> Run:
     """What a rate depends on, for a mean row half-way through its answer."""
     rows = max(1, work.row_count)
     prompt, output = work.prompt_tokens / rows, work.output_tokens / rows * work.share(None)
     profile = work.job.profile
     sizes, head = profile.layer_bytes, profile.head_bytes or profile.embedding_bytes
+    pieces = passing_layers(profile, is_routed=is_routed(work.job.plan, capabilities))
     return Run(
         rows=min(placed.micro_batch, work.job.rows_per_plan, rows),
         prompt_tokens=round(prompt),
@@ -280,6 +283,7 @@ def _run(work: Work, placed: Placement) -> Run:
         is_sampled=work.is_sampled,
         host_bytes=sum(sizes[layer] for layer in placed.host_layers),
         disk_bytes=sum(sizes[layer] for layer in placed.disk_layers) + head * placed.vocabulary_on_disk,
+        routed_bytes=sum(sizes[layer] - pieces[layer] for layer in placed.disk_layers),
     )
 
 

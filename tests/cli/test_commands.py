@@ -221,14 +221,14 @@ def test_a_plan_that_waits_is_explained(command: Command, worker_id: str) -> Non
         told = command("explain", target).stdout
         assert "no-capable-worker" in told
         assert 'attic  cannot: labels: `zone == "moon"` does not hold here' in told
-        assert ' 1 zone == "moon"  → attic, all on device, 64 rows at a time' in told
+        assert ' 1 zone == "moon"  → attic, all on device, 256 rows at a time' in told
         assert f"ollm-service amend {job['id']} --where any\n" in told
         (found,) = parsed(command("explain", target, "--json").stdout)
         assert found.get("stuck", found.get("stuck_rows")) == 2
     command(*f"amend {job['id']} --where any".split())
     told = command("explain", job["id"]).stdout
     assert told.startswith("Of 2 rows 2 wait for their turn; every row that waits fits a connected worker.")
-    assert "attic  fits: all on device on cpu, 64 rows at a time" in told
+    assert "attic  fits: all on device on cpu, 256 rows at a time" in told
 
 
 def test_a_job_that_waits_is_changed(command: Command, service: Service, worker_id: str) -> None:

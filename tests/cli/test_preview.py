@@ -161,6 +161,18 @@ def test_better_ways_without_room_stand_below_their_worker(command: Command, ser
     assert "not used: memory: 858 MiB needed, cpu has 763 MiB" in cellar
 
 
+def test_a_vocabulary_that_stays_on_disk_is_told(command: Command, service: Service, rows: Path) -> None:
+    """Where neither all layers nor embedding and head fit, the line of the worker says what is read from disk."""
+    vocabulary = {"vocabulary_size": 50_000, "hidden_size": 1000, "embedding_bytes": 200_000_000, "head_bytes": 200_000_000}
+    layers = {"layer_bytes": (100_000_000,) * 8, "layer_count": 8, "weight_bytes": 1_200_000_000}
+    wide = replace(MODEL, digest="e" * 64, **vocabulary, **layers)  # type: ignore[arg-type]
+    offered = capabilities("shed", models=(wide,), devices=(FAST,), passes={PassId.CPU_OFFLOAD: None})
+    service.store.leases.register("wkr_shed", offered, LiveState(device_free_bytes={"cpu": 10**9}, host_free_bytes=10**9), pid=1)
+    lines = command("preview", "rows.jsonl", "-m", f"tiny@sha256:{'e' * 12}").stdout.splitlines()
+    (found,) = (line for line in lines if line.startswith("shed"))
+    assert re.match(r"shed +\d layers? on cpu, \d from disk, vocabulary from disk", found), lines
+
+
 def test_who_holds_up_the_end_is_named_with_the_option(command: Command, service: Service, rows: Path) -> None:
     """The option, given to the next preview, makes the end as early as was said."""
     slow = replace(FAST, memory_rate=1e5, arithmetic={"float32": 1e5})

@@ -7,13 +7,24 @@ from typing import Any
 import pytest
 
 from ollm_service.cli.input_rows import read_rows
-from ollm_service.coordinator.rows import LONGEST_CUSTOM_ID, check_rows
+from ollm_service.coordinator.rows import LONGEST_CUSTOM_ID, check_rows, refuse_media
+from ollm_service.core.content import MOST_IMAGE_TOKENS
 from ollm_service.core.errors import InvalidJob
 from ollm_service.core.options import GenerationConfig
+from ollm_service.core.plan import ModelModality
+from ollm_service.core.row_size import most_prompt_tokens
 
 DEMO = Path(__file__).parents[2] / "demo"
 JOB = GenerationConfig(max_new_tokens=9, temperature=0.5)
 HELLO = [{"role": "user", "content": "Hello"}]
+PNG_URL = "data:image/png;base64,"
+IMAGE = {"type": "image_url", "image_url": {"url": f"{PNG_URL}AAAA"}}
+SOUND = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+
+
+def with_part(*parts: Any) -> dict[str, Any]:
+    """A row with one message of these parts."""
+    return {"messages": [{"role": "user", "content": list(parts)}]}
 
 
 @pytest.mark.parametrize(
@@ -28,6 +39,10 @@ HELLO = [{"role": "user", "content": "Hello"}]
         ({"prompt": "a", "generation": {"temperature": 0}}, {"prompt": "a", "generation": {"temperature": 0}}),
         ({"messages": HELLO}, {"messages": HELLO}),
         ({"messages": [{**HELLO[0], "name": None, "tool_calls": []}]}, {"messages": HELLO}),
+        (
+            with_part({"type": "image_url", "image_url": {"url": f"{PNG_URL}AAAA", "detail": "high"}}, SOUND),
+            {"messages": [{"role": "user", "content": [IMAGE, SOUND]}]},
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}]},
             {"messages": HELLO},
@@ -76,7 +91,20 @@ def test_a_good_row_keeps_what_it_asks(row: dict[str, Any], request_: dict[str, 
         ({"messages": [{"role": "", "content": "a"}]}, "invalid_messages"),
         ({"messages": [{"role": "user", "content": None}]}, "invalid_messages"),
         ({"messages": [{"role": "user", "content": "\ud83d"}]}, "invalid_messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "unsupported_content"),
+        (with_part({"type": "image_url"}), "invalid_content"),
+        (with_part({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}), "unsupported_content"),
+        (with_part({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}), "unsupported_content"),
+        (with_part({"type": "image_url", "image_url": {"url": "data:image/svg+xml;base64,AAAA"}}), "unsupported_content"),
+        (with_part({"type": "image_url", "image_url": {"url": "data:image/png;base64,%%%"}}), "invalid_content"),
+        (with_part({"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}), "invalid_content"),
+        (with_part({"type": "image_url", "image_url": {"url": PNG_URL + "A" * 4 * 7 * 1024**2}}), "content_too_large"),
+        (with_part({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "mp3"}}), "unsupported_content"),
+        (with_part({"type": "input_audio", "input_audio": {"data": 7, "format": "wav"}}), "invalid_content"),
+        (with_part({"type": "input_audio"}), "unsupported_content"),
+        (with_part({"type": "video_url", "video_url": {"url": "data:"}}), "unsupported_content"),
+        (with_part({"type": "text", "text": 5}), "invalid_messages"),
+        (with_part("an image"), "invalid_messages"),
+        ({"messages": [{"role": "user", "content": [IMAGE] * 65}]}, "content_too_large"),
         ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "unsupported_option"),
     ],
 )
@@ -121,3 +149,26 @@ def test_the_demos_questions_are_a_plain_input() -> None:
     rows = check_rows(read_rows(str(DEMO / "heldout.jsonl"), model=None, prompt_column=None).rows, JOB)
     assert [row.error for row in rows] == [None] * 200
     assert {row.custom_id for row in rows} == json.loads((DEMO / "heldout_answers.json").read_text(encoding="utf-8")).keys()
+
+
+def test_what_a_model_does_not_take_is_refused_row_by_row() -> None:
+    """An image to a model of text is that row's error, which names what the model takes; the others are as they were."""
+    rows = check_rows([with_part(IMAGE), {"prompt": "a"}, with_part(SOUND), with_part(IMAGE, SOUND)], JOB)
+    text, image = (
+        refuse_media(rows, {ModelModality.TEXT}, "m"),
+        refuse_media(rows, {ModelModality.TEXT, ModelModality.IMAGE}, "m"),
+    )
+    assert [row.error is None for row in text] == [False, True, False, False]
+    assert [row.error is None for row in image] == [True, True, False, False]
+    assert text[0].error is not None
+    assert (text[0].error.code, text[0].request) == ("unsupported_content", {})
+    assert text[0].error.message == "m takes text, no image; name a model that does, or send text."
+
+
+def test_a_bound_of_tokens_does_not_count_the_bytes_of_media() -> None:
+    """A row with a large image counts as many tokens as an image may become, and a sound by how long it can be."""
+    small, large = (with_part({"type": "image_url", "image_url": {"url": PNG_URL + "A" * size}}) for size in (4, 4_000_000))
+    assert most_prompt_tokens(small) == most_prompt_tokens(large)
+    assert most_prompt_tokens(small) - most_prompt_tokens(small, 264) == MOST_IMAGE_TOKENS - 264
+    minute = with_part({"type": "input_audio", "input_audio": {"data": "A" * (60 * 32_000 * 4 // 3), "format": "wav"}})
+    assert 750 < most_prompt_tokens(minute) < 3_000

@@ -23,7 +23,7 @@ from ollm_service.core.errors import (
 )
 from ollm_service.core.leasing import RowError
 from ollm_service.core.lifecycle import ExecutionState, JobState
-from ollm_service.core.plan import BackendId, GenericModelKind
+from ollm_service.core.plan import BackendId, GenericModelKind, ModelModality, NativeFamily, PassId
 from ollm_service.core.profile import ModelProfile
 from tests.coordinator.services import ROWS, answer, claim_one, sent_hints, submission
 from tests.store.samples import PROFILE, new_worker
@@ -250,3 +250,60 @@ def test_a_preview_shows_a_plan_that_cannot_be_executed(service: Service) -> Non
     assert not found.draft.planned.plan.is_executable()
     assert "gpu-offload" in found.draft.planned.plan.reason
     assert (found.draft.requirements, found.verdicts, found.rows) == (None, (), None)
+
+
+IMAGE_ROW = {
+    "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}]
+}
+
+
+def test_an_image_to_a_model_of_text_is_that_rows_error(service: Service) -> None:
+    """The job goes on with its other rows, and the error names what the model takes."""
+    worker_id = new_worker(service.store)
+    job = submit(service, submission([IMAGE_ROW, {"prompt": "a"}])).job
+    assert (job.failed, job.pending) == (1, 1)
+    (result,) = service.store.results.page(job.job_id, DEFAULT_TENANT)
+    assert result.error is not None
+    assert (result.row, result.error.code) == (0, "unsupported_content")
+    assert [row.row for row in claim_one(service, worker_id).rows] == [1]
+
+
+def test_an_image_makes_the_plan_multimodal_where_the_model_sees(service: Service) -> None:
+    """The pass is planned though nobody asked for it, and only a worker that has what images take gets the plan."""
+    model = replace(
+        PROFILE,
+        architecture="Gemma3ForConditionalGeneration",
+        family=NativeFamily.GEMMA3,
+        kind=GenericModelKind.IMAGE_TEXT_TO_TEXT,
+        modalities=(ModelModality.TEXT, ModelModality.IMAGE),
+        requires_processor=True,
+        has_processor=True,
+    )
+    offers: dict[str, Any] = {"models": (model,), "kinds": {model.kind: None}, "passes": dict.fromkeys(PassId)}
+    new_worker(service.store, "blind", **offers, modalities={ModelModality.IMAGE: "pillow is not installed on this worker"})
+    job = submit(service, submission([IMAGE_ROW, {"prompt": "a"}])).job
+    (plan,) = service.store.jobs.plans(job.job_id, DEFAULT_TENANT)
+    assert PassId.MULTIMODAL_SHELL in plan.planned.specialization_pass_ids
+    assert ModelModality.IMAGE in plan.requirements.modalities
+    assert (plan.condition, job.failed) == ("no-capable-worker", 0)
+    (verdict,) = verdicts(plan.requirements, service.fleet.snapshot().workers)
+    assert verdict.reasons == ("image input: pillow is not installed on this worker",)
+    seeing = new_worker(service.store, "seeing", **offers, modalities={ModelModality.IMAGE: None})
+    sweep(service)
+    claimed = claim_one(service, seeing)
+    assert claimed.config.multimodal
+    assert claimed.rows[0].messages == tuple(IMAGE_ROW["messages"])
+    text = submit(service, submission([{"prompt": "a"}])).job
+    (plan,) = service.store.jobs.plans(text.job_id, DEFAULT_TENANT)
+    assert PassId.MULTIMODAL_SHELL not in plan.planned.specialization_pass_ids
+
+
+def test_a_sampling_option_out_of_range_is_refused(service: Service) -> None:
+    """For the whole job it is an error that names the option; a row's own fails that row alone."""
+    new_worker(service.store)
+    for name, value in (("temperature", -1), ("top_p", 1.5), ("top_k", 0), ("seed", -1), ("max_new_tokens", 0)):
+        with pytest.raises(InvalidOption, match="must be") as caught:
+            submit(service, replace(submission(), generation={name: value}))
+        assert caught.value.param == name
+        job = submit(service, submission([{"prompt": "a", "generation": {name: value}}, {"prompt": "b"}])).job
+        assert (job.failed, job.pending) == (1, 1)

@@ -34,6 +34,7 @@ from ollm_service.core.plan import (
     SupportLevel,
 )
 from ollm_service.core.profile import ModelProfile
+from ollm_service.core.quantization import QUANTIZATION_LIBRARIES
 from ollm_service.core.requirements import Requirements
 from ollm_service.core.wire import (
     AttemptFailed,
@@ -195,6 +196,7 @@ def runtime_configs(draw: st.DrawFn) -> RuntimeConfig:
                 "device": st.sampled_from([*DEVICE_IDS, "cuda"]),
                 "backend": st.sampled_from(BackendId),
                 "adapter_dir": st.just("adapter"),
+                "draft_model": st.just("small"),
                 "multimodal": st.booleans(),
                 "use_specialization": st.booleans(),
                 "use_cache": st.booleans(),
@@ -254,6 +256,8 @@ capabilities = st.builds(
     passes=offers(PassId),
     kv_strategies=offers([strategy.value for strategy in KVCacheStrategy]),
     kinds=offers(KINDS),
+    quantizations=offers(QUANTIZATION_LIBRARIES),
+    modalities=offers(ModelModality),
     no_adapters_because=maybe(st.just("not here")),
     models=st.lists(profiles, max_size=2).map(tuple),
     cache_disk=maybe(st.builds(CacheDisk, path=texts, total_bytes=counts, write_rate=maybe(ratios), read_rate=maybe(ratios))),
@@ -277,6 +281,7 @@ CLAUSES: dict[str, st.SearchStrategy[Any]] = {
     "dtype": st.sampled_from(DTYPES),
     "kind": st.sampled_from(KINDS),
     "adapter": st.just(value=True),
+    "quantization": st.sampled_from(list(QUANTIZATION_LIBRARIES)),
     "memory_bytes": st.integers(1, 64 * GIB),
     "offloaded_bytes": st.integers(1, 64 * GIB),
     "cache_bytes": st.integers(1, 2**40),

@@ -65,8 +65,11 @@ _GATED: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def config_of(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
-    """A configuration of the family with few layers; gpt2 has neither grouped key heads nor a gated MLP, and a tied head."""
+def config_of(family: str, tokenizer: PreTrainedTokenizerFast, **larger: Any) -> PreTrainedConfig:
+    """A configuration of the family with few layers, or with `larger` sizes.
+
+    gpt2 has neither grouped key heads nor a gated MLP, and a tied head.
+    """
     tokens: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -85,16 +88,16 @@ def config_of(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConf
         "num_key_value_heads": 2,
         "max_position_embeddings": CONTEXT,
     }
-    config: PreTrainedConfig = kind(**(sizes | tokens | extra))
+    config: PreTrainedConfig = kind(**(sizes | tokens | extra | larger))
     return config
 
 
-def save_model(folder: Path, family: str, *, seed: int = 0, has_chat_template: bool = True) -> Path:
+def save_model(folder: Path, family: str, *, seed: int = 0, has_chat_template: bool = True, **larger: Any) -> Path:
     """Make a float32 model of the family, whose characters are tokens, and save it in `folder`."""
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]  # transformers does not annotate it
-        config_of(family, tokenizer)
+        config_of(family, tokenizer, **larger)
     )
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers does not annotate it
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id

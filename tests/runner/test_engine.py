@@ -1,5 +1,6 @@
 """What becomes of a plan: a warm or a fresh model, a stop, a lack of memory, a folder that does not load?"""
 
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from ollm_service.core.plan import PassId
 from ollm_service.core.wire import (
@@ -192,6 +194,28 @@ def test_a_model_that_does_not_load_fails_the_attempt(engine: Engine, llama: Pat
         failure = only(run(engine, make_command(broken, rows)), AttemptFailed)
         assert (failure.stage, failure.code) == ("loading", code)
     assert set(results_of(run(engine, make_command(llama, rows)))) == {0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "from-the-future", "architectures": ["FutureForCausalLM"]}, "a model of type from-the-future"),
+        ({"model_type": None}, "a model of type None"),
+        ({"model_type": "t5"}, "a model of type t5 that is causal-lm"),
+    ],
+)
+def test_an_architecture_that_transformers_does_not_know_is_told(
+    engine: Engine, llama: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    """The failure names the type and the version of transformers, before anything is loaded."""
+    folder = tmp_path / "unknown"
+    shutil.copytree(llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    failure = only(run(engine, make_command(folder, [work_row(0, "hello")])), AttemptFailed)
+    assert (failure.stage, failure.code) == ("loading", "architecture_unknown")
+    assert words in failure.message
+    assert transformers.__version__ in failure.message
 
 
 def test_loading_reports_that_it_is_alive(llama: Path) -> None:

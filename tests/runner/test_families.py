@@ -88,7 +88,7 @@ def expected(folder: Path, index: int) -> str:
 def test_families_keep_the_tokens(
     engine: Engine, root: Path, profiles: Mapping[str, ModelProfile], tmp_path: Path, family: str, kv: KVCacheStrategy
 ) -> None:
-    """Planned as the service plans them, in one left-padded batch; every planned pass ends well, with evidence where it acted."""
+    """Planned as the service plans them, in one batch; every planned pass ends well, with evidence where it acted."""
     config = RuntimeConfig(dense_projection_chunk_rows=7 if family == "gemma3-text" else None)
     found = plan(f"path:{family}", [HeldModel(profile=profiles[family], workers=("w",))], config).plan
     assert found.backend_id == (BackendId.OPTIMIZED_NATIVE if family in NATIVE else BackendId.TRANSFORMERS_GENERIC)
@@ -101,7 +101,7 @@ def test_families_keep_the_tokens(
     assert texts == {index: expected(root / family, index) for index in range(len(PROMPTS))}
     outcomes = first_outcomes(messages)
     assert tuple(outcomes) == found.specialization_pass_ids
-    acted = {PassId.DISK_CACHE: kv is KVCacheStrategy.PAGED, PassId.MLP_CHUNKING: True}
+    acted = {PassId.DISK_CACHE: kv is KVCacheStrategy.PAGED, PassId.MLP_CHUNKING: True, PassId.ATTENTION_REPLACEMENT: True}
     for pass_id, outcome in outcomes.items():
         assert isinstance(outcome, Applied if acted.get(pass_id) else NotNeeded)
 

@@ -82,7 +82,7 @@ def test_a_bad_row_fails_alone(engine: Engine, llama: Path) -> None:
         0: "prompt_missing",
         1: "context_length_exceeded",
         2: None,
-        3: "invalid_messages",
+        3: "unsupported_content",
         4: "invalid_messages",
         5: "invalid_messages",
         6: "invalid_messages",

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ollm_service.core.packing import MOST_TRIED_TOKENS
-from workers.runner.packed.lookup import SHORTEST_MATCH, TRY_AGAIN_TOKENS, Lookup, PassCosts
+from workers.runner.packed.guessing import TRY_AGAIN_TOKENS, PassCosts, Trust
+from workers.runner.packed.lookup import SHORTEST_MATCH, Lookup
 
 
 @given(st.lists(st.integers(0, 3), max_size=60), st.lists(st.integers(0, 3), max_size=30), st.integers(0, 40))
@@ -31,17 +32,17 @@ def test_the_longest_match_decides_and_the_newest_of_them() -> None:
     assert Lookup([1, 2, 3, 4]).guess(4) == []
 
 
-def test_a_row_that_gave_up_tries_again_later() -> None:
+def test_a_source_that_was_given_up_is_tried_again_later() -> None:
     """After some tokens more."""
-    lookup = Lookup([1, 2])
+    trust = Trust()
     for _ in range(20):
-        lookup.learn(tried=4, right=0)
-    assert lookup.share < 0.01
-    lookup.give_up()
-    pauses = [lookup.is_pausing]
-    lookup.extend([5] * TRY_AGAIN_TOKENS)
-    assert [*pauses, lookup.is_pausing] == [True, False]
-    assert lookup.share > 0.5
+        trust.learn(tried=4, right=0)
+    assert trust.share < 0.01
+    trust.give_up()
+    pauses = [trust.is_pausing]
+    trust.go_on(TRY_AGAIN_TOKENS)
+    assert [*pauses, trust.is_pausing] == [True, False]
+    assert trust.share > 0.5
 
 
 def test_trying_pays_where_a_pass_costs_more_than_its_tokens() -> None:

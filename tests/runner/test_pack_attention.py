@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from workers.runner.kv.cache import PackCache
 from workers.runner.kv.resident import ResidentLayer
-from workers.runner.packed import attention
 from workers.runner.packed.attention import Rule, attend_in_pack
 from workers.runner.packed.pack import Pack, TokenSequence
 
@@ -52,7 +51,7 @@ class Text:
 
 def through_packs(texts: list[Text], chance: random.Random, block: int, rule: Rule) -> dict[int, Tensor]:
     """Everything that the texts get while they go through packs, some tokens at a time, in blocks of so many."""
-    cache = PackCache([ResidentLayer(rule.window)])
+    cache = PackCache([ResidentLayer(rule.window)], most_cells=chance.choice((16, 500, 10**6)))
     found: dict[int, list[Tensor]] = {number: [] for number in range(len(texts))}
     left = {number: len(text.sequence.tokens) for number, text in enumerate(texts)}
     for text in texts:
@@ -103,12 +102,11 @@ def _cut(texts: list[Text], who: list[int], part: int) -> Tensor:
     ("window", "cap", "has_sinks"), [(None, None, False), (9, None, False), (None, None, True), (30, 2.0, False), (9, None, True)]
 )
 def test_each_sequence_sees_its_own_history(
-    monkeypatch: pytest.MonkeyPatch, block: int, seed: int, window: int | None, cap: float | None, *, has_sinks: bool
+    block: int, seed: int, window: int | None, cap: float | None, *, has_sinks: bool
 ) -> None:
     """However a pack is cut, with windows, caps and sinks, alone or behind a beginning that others share."""
     torch.manual_seed(seed)
     chance = random.Random(seed)
-    monkeypatch.setattr(attention, "MOST_CELLS", chance.choice((16, 500, 10**6)))
     shared = Text(chance.choice((1, 20, 70)))
     texts = [shared, *(Text(chance.choice((1, 2, 17, 60)), parent=chance.choice((None, shared, shared))) for _ in range(5))]
     sinks = torch.randn(HEADS) if has_sinks else None

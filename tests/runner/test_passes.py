@@ -12,7 +12,8 @@ from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
 from ollm_service.core.passes import Applied, Failed, NotNeeded
 from ollm_service.core.plan import PassId
 from ollm_service.core.wire import BatchDone, BatchStarted, Execute, Finished, Message, SpecializationFailed
-from tests.runner.commands import first_outcomes, make_command, of_kind, only, results_of, run, texts, work_row
+from tests.runner.commands import chat_row, first_outcomes, make_command, of_kind, only, results_of, run, texts, work_row
+from tests.runner.media_models import image_part
 from workers.runner.engine import Engine
 
 DISK, CHUNKS = PassId.DISK_CACHE, PassId.MLP_CHUNKING
@@ -130,8 +131,8 @@ def test_a_pass_that_the_runner_lacks_ends_as_not_needed(engine: Engine, llama: 
 def test_a_lacking_pass_fails_where_nothing_stands_in_for_it(
     engine: Engine, llama: Path, pass_id: PassId, config: RuntimeConfig
 ) -> None:
-    """Layers that the user wanted elsewhere, or images, cannot be done without."""
-    command = replace(make_command(llama, [work_row(0, "x")], passes=(pass_id,)), config=config)
+    """Layers that the user wanted elsewhere, or images for a model that has no place for them, cannot be done without."""
+    command = replace(make_command(llama, [chat_row(0, [image_part(b"x")])], passes=(pass_id,)), config=config)
     failure = only(run(engine, command), SpecializationFailed)
     assert isinstance(failure.outcomes[pass_id], Failed)
 

@@ -206,11 +206,11 @@ def turn_into_an_adapter(folder: Path) -> None:
         (configured(auto_map={"AutoModel": "evil.Model"}, architectures=["EvilForCausalLM"]), "needs remote code"),
         (configured(auto_map={"AutoModel": "evil.Model"}, architectures=[]), "needs remote code"),
         (configured(quantization_config={"quant_method": "fp8"}), "quantized (fp8), which this version does not load"),
-        (configured(quantization_config={"load_in_4bit": True}), "quantized (in a way that has no name)"),
+        (configured(quantization_config={"bits": 4}), "quantized (in a way that has no name)"),
         (configured(text_config={**TINY_LLAMA, "quantization_config": {"quant_method": "awq"}}), "its weights are quantized"),
         (add("adapter_config.json", b'{"base_model_name_or_path": "/elsewhere"}'), "holds an adapter"),
         (add("Adapter_Config.json", b""), "holds an adapter"),
-        (turn_into_an_adapter, "merge the adapter into its model"),
+        (turn_into_an_adapter, "merge the adapter into the model"),
     ],
 )
 def test_an_unsafe_or_broken_folder_is_reported_with_its_reason(root: Path, breaker: Breaker, reason: str) -> None:

@@ -101,6 +101,7 @@ def test_architecture_kind_and_family_are_told_apart(profiles: Mapping[str, Mode
     }.get(family, (ModelModality.TEXT,))
     assert profile.requires_processor is (family in ("gemma3", "voxtral"))
     assert profile.vocabulary_size == VOCABULARY
+    assert profile.image_tokens == (4 + 8 if family == "gemma3" else 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -174,6 +174,26 @@ def test_a_plan_that_does_not_fit_is_declined(place: Place) -> None:
     assert "bytes needed for one row" in (decline.reason or "")
 
 
+def test_a_plan_whose_adapter_is_elsewhere_is_declined(place: Place) -> None:
+    """Another worker may have the adapter; the reason names its folder."""
+    job = place.submit(["a"], config=RuntimeConfig(adapter_dir="lora"))
+    with place.agent():
+        wait_for(lambda: place.detail(job).plan.declines == 1, timeout=SECONDS, what="the decline")
+    (decline,) = [event for event in place.detail(job).events if event.kind == "decline"]
+    assert decline.reason == "the adapter lora is not in the models folder"
+
+
+def test_a_broken_adapter_fails_the_attempt(place: Place) -> None:
+    """A folder that is no adapter never reaches a runner, and the failure says what is wrong with it."""
+    (place.models_dir / "lora").mkdir()
+    (place.models_dir / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    job = place.submit(["a"], config=RuntimeConfig(adapter_dir="lora"))
+    with place.agent():
+        wait_for(lambda: place.detail(job).plan.failures == 1, timeout=SECONDS, what="the failure")
+    (failure,) = [event for event in place.detail(job).events if event.kind == "fail"]
+    assert failure.reason == "adapter_refused: The adapter lora cannot be used: it has no adapter_model.safetensors."
+
+
 def test_cancel_stops_the_work_and_keeps_the_runner(place: Place, tmp_path: Path) -> None:
     """The plan ends cancelled, what was finished stays, and the same runner takes the next plan."""
     mark = f"[where={tmp_path}/pids]"

@@ -1,18 +1,20 @@
 """What does a worker say of its machine, and does it say so only where it is true?"""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import pytest
 
 from ollm_service.core.options import KVCacheStrategy
-from ollm_service.core.plan import BackendId, PassId
+from ollm_service.core.plan import BackendId, ModelModality, PassId
 from workers.cache_folder import NoCacheFolder, measure, take_folder
 from workers.host_memory import host_memory, private_bytes
 from workers.nvml import Gpu, Nvml, NvmlUnavailable, visible
 from workers.probe import Claims, Probe
 
+_OPTIONAL = {"pillow": "PIL", "compressed-tensors": "compressed_tensors"}
 MIB = 1024**2
 GIB = 1024**3
 GPUS = tuple(
@@ -32,8 +34,21 @@ def test_a_worker_says_what_it_can(probe: Probe, tmp_path: Path) -> None:
     offered = probe.capabilities((), [folder.path], None)
     assert (offered.node, offered.slots, offered.labels) == ("here", 2, {"zone": "a"})
     able = {pass_id for pass_id, reason in offered.passes.items() if reason is None}
-    offload = {PassId.CPU_OFFLOAD, PassId.GPU_OFFLOAD, PassId.MOE_ROUTING, PassId.GDS_EXPORT_WEIGHTS}
-    assert able == {PassId.DISK_CACHE, PassId.MLP_CHUNKING, PassId.ATTENTION_REPLACEMENT, *offload}
+    assert able == set(PassId)
+    installed = {name: find_spec(module) is not None for name, module in _OPTIONAL.items()}
+    assert (offered.modalities[ModelModality.IMAGE] is None, offered.modalities[ModelModality.AUDIO]) == (
+        installed["pillow"],
+        None,
+    )
+    assert (offered.quantizations["compressed-tensors"] is None) == installed["compressed-tensors"]
+    assert offered.quantizations["gptq"] is None or "gptqmodel" in offered.quantizations["gptq"]
+    assert {kind for kind, reason in offered.kinds.items() if reason is None} == {
+        "causal-lm",
+        "image-text-to-text",
+        "seq2seq-lm",
+        "voxtral",
+    }
+    assert (offered.no_adapters_because is None) == (find_spec("peft") is not None)
     assert offered.passes.keys() == set(PassId)
     assert offered.backends == {backend.value: None for backend in BackendId}
     strategies = {name for name, reason in offered.kv_strategies.items() if reason is None}

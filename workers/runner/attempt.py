@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from ollm_service.core.leasing import RowResult
-from ollm_service.core.packing import runs_in_packs
 from ollm_service.core.passes import Failed, PassOutcome
 from ollm_service.core.plan import PassId, SpecializationState
 from ollm_service.core.wire import (
@@ -18,10 +17,9 @@ from ollm_service.core.wire import (
     SpecializationFailed,
 )
 from workers.runner.interruptions import AttemptEnded, PassFailed
+from workers.runner.loops import loop_for
 from workers.runner.measurements import Measurements
 from workers.runner.model import LoadedModel, at_each_layer
-from workers.runner.packed.loop import PackedLoop
-from workers.runner.padded import PaddedLoop
 from workers.runner.passes.specialization import AppliedPasses, outcomes_after
 from workers.runner.progress import REPORT_SECONDS, Pulse, Report
 from workers.runner.prompts import EncodedRow, encode_row
@@ -50,8 +48,7 @@ class Attempt:
             if refused:
                 self._report_results(refused, passes.outcomes(has_run=False), passes)
             return Finished(measured=self._measured(passes))
-        is_packed = runs_in_packs(model.module.config.model_type, self.command.runtime_plan.backend_id)
-        loop = (PackedLoop if is_packed else PaddedLoop)(
+        loop = loop_for(model, self.command.runtime_plan.backend_id)(
             model,
             runnable,
             most_rows=self.command.placement.micro_batch,
@@ -117,7 +114,15 @@ class Attempt:
         refused: list[RowResult] = []
         for row in self.command.rows:
             self.pulse()
-            match encode_row(row, model.tokenizer, model.context_limit):
+            encoded_or_refused = encode_row(
+                row,
+                model.tokenizer,
+                model.context_limit,
+                is_source=model.has_encoder,
+                reader=model.media,
+                most_image_tokens=self.command.profile.most_image_tokens,
+            )
+            match encoded_or_refused:
                 case EncodedRow() as encoded:
                     if longest is None or len(encoded.tokens) + encoded.max_new_tokens <= longest:
                         runnable.append(encoded)

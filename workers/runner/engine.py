@@ -61,6 +61,7 @@ class Engine:
         command = attempt.command
         try:
             model = self._load(command, attempt)
+            model.media = generic.media_reader(model, command)
             self._passes = AppliedPasses(self._planned_passes(model, command))
             self._passes.apply()
             return attempt.run(model, self._passes)

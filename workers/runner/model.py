@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from workers.runner.kv.cache import PackCache, layers_of
+from workers.runner.prompts import ReadsMedia
 from workers.runner.weights.streaming import LayerStream, layer_names
 
 
@@ -33,16 +34,20 @@ class ModelKey:
     device_id: str
     host_layers: tuple[int, ...] = ()
     disk_layers: tuple[int, ...] = ()
+    adapter_digest: str | None = None
     vocabulary_on_disk: bool = False
     reads_export: bool = False
+    draft_digest: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class LoadedModel:
     """A model of ours, with what is needed to run it. Passes change `module` and `open_cache`, and undo that again.
 
-    `context_limit` is in tokens, prompt and answer together; None where the model sets none. `open_cache` gives the KV
-    cache of rows that run in packs. `stream` brings the layers that are not kept on the device, if there are such.
+    `context_limit` is in tokens, prompt and answer together; None where the model sets none. `open_cache` gives the KV cache of
+    rows that run in packs. `stream` brings the layers that are not kept on the device, if there are such. `draft` guesses
+    tokens. `media` reads images and sounds, where a plan lets rows bring them. `feeds_itself`: only transformers' own
+    `generate` knows how its forward pass is fed.
     """
 
     key: ModelKey
@@ -54,6 +59,9 @@ class LoadedModel:
     pad_token: int
     open_cache: CacheSource
     stream: LayerStream | None = None
+    draft: PreTrainedModel | None = None
+    media: ReadsMedia | None = None
+    feeds_itself: bool = False
     _accepted: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +79,11 @@ class LoadedModel:
     def is_broken(self) -> bool:
         """Whether weights that it needs could not be read."""
         return self.stream is not None and self.stream.is_broken
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether an encoder reads the prompt, so that the answer alone has the decoder's positions."""
+        return bool(getattr(self.module.config, "is_encoder_decoder", False))
 
     def layers(self) -> list[nn.Module]:
         """The decoder layers."""

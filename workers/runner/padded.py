@@ -39,10 +39,10 @@ class PaddedLoop:
         measurements: Measurements,
         started: Callable[[tuple[int, ...]], None],
     ) -> None:
-        self._model = model
+        self.model = model
         self._batches = MicroBatches(rows, most_rows=most_rows, suspects=suspects)
-        self._pulse = pulse
-        self._measurements = measurements
+        self.pulse = pulse
+        self.measurements = measurements
         self._started = started
         self.in_flight: tuple[int, ...] = ()
 
@@ -59,45 +59,45 @@ class PaddedLoop:
     def _answer(self, batch: Sequence[EncodedRow]) -> list[RowResult]:
         """The micro-batch's results; none when it was too large for the memory and was put back."""
         try:
-            results = [answer.result() for answer in self._generate(batch)]
+            results = [answer.result() for answer in self.generate(batch)]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             results = [] if len(batch) > 1 else [out_of_memory(batch[0])]
         if results:
-            self._measurements.count(results)
+            self.measurements.count(results)
             return results
         # Outside the except clause, so that the error's frames no longer hold the tensors.
-        self._measurements.halvings += 1
+        self.measurements.halvings += 1
         self._batches.halve(batch)
         gc.collect()
-        if self._model.device.type == "cuda":
+        if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         return []
 
     @torch.inference_mode()
-    def _generate(self, rows: Sequence[EncodedRow]) -> list[Answer]:
+    def generate(self, rows: Sequence[EncodedRow]) -> list[Answer]:
         """Answer the rows, which share one way of choosing tokens. Raises StopRequested between steps."""
-        model = self._model
+        model = self.model
         answers = [Answer(row, model.tokenizer, model.end_tokens) for row in rows]
         choice = choice_of(rows[0].generation)
         tokens_BL, mask_BT = left_padded([row.tokens for row in rows], model.pad_token, model.device)
         positions_BL = (mask_BT.cumsum(dim=-1) - 1).clamp(min=0)
         running, cache = answers, DynamicCache(config=model.module.config)
         while True:
-            self._pulse()
+            self.pulse()
             began, prompt_tokens = time.monotonic(), int(mask_BT.sum()) if running[0].length == 0 else 0
             logits_BV = model.next_logits(tokens_BL, mask_BT, positions_BL, cache)
-            _accept(running, logits_BV, choose_tokens(logits_BV, choice, [answer.generator for answer in running]))
+            accept(running, logits_BV, choose_tokens(logits_BV, choice, [answer.generator for answer in running]))
             # The tokens were read, so that the device is done.
-            self._measurements.count_pass(
+            self.measurements.count_pass(
                 rows=len(running),
                 prompt_tokens=prompt_tokens,
                 new_tokens=0 if prompt_tokens else len(running),
                 seconds=time.monotonic() - began,
             )
             kept = [index for index, answer in enumerate(running) if not answer.is_complete]
-            self._pulse.tokens += len(running)
+            self.pulse.tokens += len(running)
             if not kept:
                 return answers
             newest = [running[index].last_token for index in kept]
@@ -122,7 +122,8 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_token: int, device: torch.
     return tokens_BP.to(device), mask_BP.to(device)
 
 
-def _accept(answers: Sequence[Answer], logits_BV: Tensor, tokens: Sequence[int]) -> None:
+def accept(answers: Sequence[Answer], logits_BV: Tensor, tokens: Sequence[int]) -> None:
+    """Give each answer its next token; one whose logits are not numbers fails."""
     is_nan_B = logits_BV.isnan().any(dim=-1).tolist()
     for answer, token, is_nan in zip(answers, tokens, is_nan_B, strict=True):
         if is_nan:

@@ -5,24 +5,54 @@ so none are added a second time. A row that cannot run becomes a result with an 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ollm_service.core.content import MOST_IMAGE_TOKENS, media_parts
 from ollm_service.core.leasing import RowError, RowResult, WorkRow
 from ollm_service.core.options import GenerationConfig
+from ollm_service.core.row_size import most_prompt_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedRow:
-    """A row that is ready to run. `is_clamped`: the context leaves less room than the tokens that were asked for."""
+    """A row that is ready to run. `is_clamped`: the context leaves less room than the tokens that were asked for.
+
+    `media` is what the prompt's forward pass takes besides the tokens, by argument name: images or sounds, and what says where
+    they stand. Rows with media run with rows of equal `media_shapes` alone.
+    """
 
     row: int
     tokens: tuple[int, ...]
     generation: GenerationConfig
     max_new_tokens: int
     is_clamped: bool
+    media: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Where tokens stand that see each other, from and to: those of an image, where the model has it so."""
+        marks = self.media.get("token_type_ids")
+        places = {} if marks is None else {place: None for place, mark in enumerate(marks[0].tolist()) if mark == 1}
+        starts = [place for place in places if place - 1 not in places]
+        ends = [place + 1 for place in places if place + 1 not in places]
+        return tuple(zip(starts, ends, strict=True))
+
+    @property
+    def media_shapes(self) -> tuple[Any, ...]:
+        """Equal for rows that can be fed together without padding; empty where there is only text."""
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(self.media.items()))
+        return (len(self.tokens), *shapes) if shapes else ()
+
+
+class ReadsMedia(Protocol):
+    """Reads messages with images or sounds; see `workers.runner.media.readers`."""
+
+    def read(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[str, Tensor]]:
+        """The row's tokens and its media. Raises RowRefused."""
 
 
 class RowRefused(Exception):
@@ -33,11 +63,26 @@ class RowRefused(Exception):
         self.error = RowError(code=code, message=message)
 
 
-def encode_row(row: WorkRow, tokenizer: PreTrainedTokenizerBase, context_limit: int | None) -> EncodedRow | RowResult:
-    """The row's tokens, or its error result. `context_limit` is in tokens, prompt and answer together."""
+def encode_row(
+    row: WorkRow,
+    tokenizer: PreTrainedTokenizerBase,
+    context_limit: int | None,
+    *,
+    is_source: bool = False,
+    reader: ReadsMedia | None = None,
+    most_image_tokens: int = MOST_IMAGE_TOKENS,
+) -> EncodedRow | RowResult:
+    """The row's tokens, or its error result. Without a `reader` the model is given text only.
+
+    `context_limit` is in tokens, prompt and answer together; a prompt that is a source has as much for itself as its answer has.
+    """
     try:
-        tokens = _tokens(row, tokenizer)
-        room = None if context_limit is None else context_limit - len(tokens)
+        tokens, media = _tokens_and_media(row, tokenizer, reader, most_image_tokens)
+        if is_source and context_limit is not None and len(tokens) > context_limit:
+            raise RowRefused(
+                "context_length_exceeded", f"The prompt has {len(tokens):,} tokens; the model reads {context_limit:,} at most."
+            )
+        room = None if context_limit is None else context_limit - (0 if is_source else len(tokens))
         if room is not None and room < 1:
             raise RowRefused(
                 "context_length_exceeded",
@@ -52,7 +97,28 @@ def encode_row(row: WorkRow, tokenizer: PreTrainedTokenizerBase, context_limit: 
         generation=row.generation,
         max_new_tokens=wanted if room is None else min(wanted, room),
         is_clamped=room is not None and room < wanted,
+        media=media,
     )
+
+
+def _tokens_and_media(
+    row: WorkRow, tokenizer: PreTrainedTokenizerBase, reader: ReadsMedia | None, most_image_tokens: int
+) -> tuple[list[int], Mapping[str, Tensor]]:
+    has_media = any(True for _ in media_parts(row.messages))
+    # Some models keep their chat template with the processor alone.
+    is_for_reader = row.messages is not None and reader is not None and tokenizer.chat_template is None
+    if row.messages is None or not (has_media or is_for_reader):
+        return _tokens(row, tokenizer), {}
+    if reader is None:
+        raise RowRefused("unsupported_content", "A message has a part that is not text; this model is given text only.")
+    tokens, media = reader.read(row.messages)
+    most = most_prompt_tokens({"messages": row.messages}, most_image_tokens)
+    if len(tokens) > most:
+        raise RowRefused(
+            "content_too_large",
+            f"The images and sounds make it {len(tokens):,} tokens, where {most:,} are planned for; send smaller ones.",
+        )
+    return tokens, media
 
 
 def _tokens(row: WorkRow, tokenizer: PreTrainedTokenizerBase) -> list[int]:

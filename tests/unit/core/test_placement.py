@@ -9,6 +9,7 @@ import pytest
 from ollm_service.core.capabilities import Capabilities, LiveState
 from ollm_service.core.estimates import RUNTIME_BYTES, estimate_memory
 from ollm_service.core.layout import Layout
+from ollm_service.core.leaving import offloaded_layers
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
 from ollm_service.core.passing import DEVICE_SLOTS, EXPERT_SLOTS, HOST_SLOTS, passing_experts
 from ollm_service.core.placement import (
@@ -18,7 +19,6 @@ from ollm_service.core.placement import (
     RowBounds,
     Tier,
     Unplaceable,
-    offloaded_layers,
     place,
 )
 from ollm_service.core.plan import NativeFamily, PassId

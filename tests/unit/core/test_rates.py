@@ -17,6 +17,7 @@ from ollm_service.core.rates import (
     LOAD_SECONDS,
     MEMORY_EFFICIENCY,
     MOST_SPREAD,
+    PACKED_KV_TRAFFIC,
     PASS_SECONDS,
     PLAN_SECONDS,
     SORT_SECONDS,
@@ -134,6 +135,14 @@ def test_layers_that_are_not_kept_bound_a_pass() -> None:
     assert offloaded.pass_seconds == pytest.approx(20e9 / LINK_RATE)
 
 
+def test_experts_from_disk_come_if_a_row_meets_them() -> None:
+    """A pass of one row brings 2 of 8 experts, a prompt brings all of them."""
+    mixture = replace(MODEL, expert_bytes=160_000_000, expert_count=8, experts_per_token=2)
+    found = probed(mixture, prompt_tokens=10, disk_rate=1e8, disk_bytes=320_000_000, routed_bytes=160_000_000)
+    assert found.pass_seconds == pytest.approx((160e6 + 160e6 * 2 / 8) / 1e8)
+    assert found.prefill == pytest.approx(10 / 3.2)
+
+
 def test_a_model_whose_layers_are_not_known_counts_all_but_its_embeddings() -> None:
     """The same weights, told apart or not, have the same rate."""
     assert probed(replace(MODEL, layer_bytes=())) == probed()
@@ -155,7 +164,10 @@ def test_a_pass_goes_over_the_kv_cache() -> None:
     kept = rows * tokens * 1_000
     empty, resident = probed(rows=rows, disk_rate=disk), probed(rows=rows, disk_rate=disk, tokens=tokens)
     paged = probed(rows=rows, disk_rate=disk, tokens=tokens, kv=KVCacheStrategy.PAGED)
-    assert resident.pass_seconds - empty.pass_seconds == pytest.approx(kept * KV_TRAFFIC["cpu"] / READ)
+    assert resident.pass_seconds - empty.pass_seconds == pytest.approx(kept * PACKED_KV_TRAFFIC["cpu"] / READ)
+    padded = replace(MODEL, model_type="bloom")
+    gone_over = probed(padded, rows=rows, tokens=tokens).pass_seconds - probed(padded, rows=rows).pass_seconds
+    assert gone_over == pytest.approx(kept * KV_TRAFFIC["cpu"] / READ)
     assert paged.pass_seconds - resident.pass_seconds == pytest.approx(kept / disk)
     assert 1 / paged.prefill - 1 / resident.prefill == pytest.approx(1_000 / disk)
 

@@ -7,13 +7,13 @@ from types import MappingProxyType
 from ollm_service.core.plan import BackendId, PassId
 from ollm_service.core.wire import Execute
 from workers.runner.model import LoadedModel
-from workers.runner.passes.absent import AbsentPass
 from workers.runner.passes.attention_replacement import AttentionReplacement
 from workers.runner.passes.disk_cache import DiskCache
 from workers.runner.passes.gds_export_weights import GdsExportWeights
 from workers.runner.passes.layer_offload import LayerOffload
 from workers.runner.passes.mlp_chunking import MlpChunking
 from workers.runner.passes.moe_routing import MoeRouting
+from workers.runner.passes.multimodal_shell import MultimodalShell
 from workers.runner.passes.specialization import SpecializationPass
 
 PASSES: Mapping[PassId, Callable[[LoadedModel, Execute], SpecializationPass]] = MappingProxyType(
@@ -22,6 +22,7 @@ PASSES: Mapping[PassId, Callable[[LoadedModel, Execute], SpecializationPass]] = 
         PassId.CPU_OFFLOAD: partial(LayerOffload, PassId.CPU_OFFLOAD),
         PassId.GPU_OFFLOAD: partial(LayerOffload, PassId.GPU_OFFLOAD),
         PassId.MLP_CHUNKING: MlpChunking,
+        PassId.MULTIMODAL_SHELL: MultimodalShell,
         PassId.ATTENTION_REPLACEMENT: AttentionReplacement,
         PassId.MOE_ROUTING: MoeRouting,
         PassId.GDS_EXPORT_WEIGHTS: GdsExportWeights,
@@ -30,12 +31,8 @@ PASSES: Mapping[PassId, Callable[[LoadedModel, Execute], SpecializationPass]] = 
 
 
 def planned_passes(model: LoadedModel, command: Execute) -> list[SpecializationPass]:
-    """The plan's passes for this model, also those that this runner does not have; none for a generic plan."""
+    """The plan's passes for this model; none for a generic plan."""
     plan = command.runtime_plan
     if plan.backend_id != BackendId.OPTIMIZED_NATIVE:
         return []
-    return [_pass(pass_id, model, command) for pass_id in plan.specialization_pass_ids]
-
-
-def _pass(pass_id: PassId, model: LoadedModel, command: Execute) -> SpecializationPass:
-    return PASSES[pass_id](model, command) if pass_id in PASSES else AbsentPass(pass_id, command)
+    return [PASSES[pass_id](model, command) for pass_id in plan.specialization_pass_ids]

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from ollm_service.core.packing import MOST_CELLS
 from workers.runner.kv.layer import Arrival, HistoryLayer
 from workers.runner.kv.resident import ResidentLayer
 from workers.runner.kv.states import StateLayer
@@ -21,15 +22,19 @@ FullLayers = Callable[[int, int], HistoryLayer]
 class PackCache(Cache):
     """Keys and values of the sequences that run. `block` is what is being computed, set before each layer's forward.
 
-    `keeps_all`: every token that was given is kept, so that beginnings can be shared and tokens tried in advance.
+    `keeps_all`: every token that was given is kept, so that beginnings can be shared and tokens tried in advance. Attention
+    computes at most `most_cells` scores at a time.
     """
 
-    def __init__(self, layers: Sequence[HistoryLayer | StateLayer], *, keeps_all: bool = True) -> None:
+    def __init__(
+        self, layers: Sequence[HistoryLayer | StateLayer], *, keeps_all: bool = True, most_cells: int = MOST_CELLS
+    ) -> None:
         super().__init__(layers=[])
         self.parts = list(layers)
         self.block = Block(begin=0, end=0, segments=())
         self.has_states = any(isinstance(part, StateLayer) for part in self.parts)
         self.keeps_all = keeps_all
+        self.most_cells = most_cells
         self.attention_calls = 0
 
     @property

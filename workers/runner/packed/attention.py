@@ -31,12 +31,16 @@ _FEW_QUERIES = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """How scores are made, besides by products: their scale, how far back a token sees, a cap, and a sink for each head [A]."""
+    """How scores are made, besides by products: their scale, how far back a token sees, a cap, and a sink for each head [A].
+
+    At most `most_cells` of them, or of the cells of a mask, are there at a time.
+    """
 
     scale: float | None
     window: int | None = None
     cap: float | None = None
     sinks_A: Tensor | None = None
+    most_cells: int = MOST_CELLS
 
     @property
     def is_plain(self) -> bool:
@@ -68,7 +72,7 @@ def attend_in_pack(  # noqa: PLR0913 - transformers' signature
     """Attention of a block: queries [1, A, N, D] to averages of values [1, N, A, E]. Registered with transformers as `NAME`."""
     assert pack_cache is not None, "a model that is attached to packs was run without one"
     pack_cache.attention_calls += 1
-    rule = Rule(scale=scaling, window=sliding_window, cap=softcap, sinks_A=s_aux)
+    rule = Rule(scale=scaling, window=sliding_window, cap=softcap, sinks_A=s_aux, most_cells=pack_cache.most_cells)
     layer, segments = pack_cache.history_layer(_number_of(module)), pack_cache.block.segments
     query_AND = query[0]
     heads, tokens, _ = query_AND.shape
@@ -111,6 +115,9 @@ def _attend_to_parents(query_AND: Tensor, segments: Sequence[Segment], layer: Hi
 def _attend(query_ALD: Tensor, segment: Segment, own: History, rule: Rule, shared: Part | None) -> Tensor:
     """Averages [A, L, E] of what one sequence's newest tokens see: their own history, and what they share."""
     keys_HTD, values_HTE, first = own.keys_HTD, own.values_HTD, own.first + segment.sequence.first_position
+    if segment.is_prompt and segment.sequence.spans:
+        assert rule.is_plain and shared is None and own.first == segment.start == 0, "a prompt with images is one piece"  # noqa: PT018
+        return seeing_ahead(query_ALD, keys_HTD, values_HTE, rule, segment.sequence.spans)
     if rule.is_plain and shared is None:
         return fused(query_ALD, keys_HTD, values_HTE, rule, segment.first_position, first)
     positions = torch.arange(segment.first_position, segment.first_position + segment.length)
@@ -135,7 +142,7 @@ def fused(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, p
             scale=rule.scale,
             enable_gqa=groups > 1,
         )[0]
-    rows = max(1, MOST_CELLS // tokens)
+    rows = max(1, rule.most_cells // tokens)
     if length > rows:
         ends = [min(start + rows, length) for start in range(0, length, rows)]
         starts = [0, *ends[:-1]]
@@ -162,6 +169,24 @@ def _masked(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, mask_LT: Te
     return found[0].reshape(heads, length, -1)
 
 
+def seeing_ahead(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Attention inside a whole prompt, of which the tokens of a span see each other, too, as far as the window reaches."""
+    tokens = keys_HTD.shape[1]
+    group_T = torch.full((tokens,), -1, device=query_ALD.device)
+    for number, (begin, end) in enumerate(spans):
+        group_T[begin:end] = number
+    place_T = torch.arange(tokens, device=query_ALD.device)
+    rows = max(1, MOST_CELLS // tokens)
+    pieces = []
+    for start in range(0, tokens, rows):
+        place_L, group_L = place_T[start : start + rows, None], group_T[start : start + rows, None]
+        mask_LT = (place_L >= place_T) | ((group_L == group_T) & (group_L >= 0))
+        if rule.window is not None:
+            mask_LT &= place_L - place_T < rule.window
+        pieces.append(_masked(query_ALD[:, start : start + rows], keys_HTD, values_HTE, mask_LT, rule.scale))
+    return torch.cat(pieces, dim=1)
+
+
 def visible(positions_L: Tensor, first: int, tokens: int, window: int | None) -> Tensor:
     """Which of the keys at positions `first`, `first` + 1, … each query sees: [L, T], made where the positions are."""
     back_LT = positions_L.unsqueeze(-1) - torch.arange(first, first + tokens, device=positions_L.device)
@@ -169,12 +194,12 @@ def visible(positions_L: Tensor, first: int, tokens: int, window: int | None) ->
 
 
 def scored(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, positions_L: Tensor, first: int) -> Part:
-    """The queries' part from these keys, at most `MOST_CELLS` scores at a time.
+    """The queries' part from these keys.
 
     `positions_L` are on the CPU, so that no device has to be waited for to see whether a mask is needed.
     """
     heads, length, _ = query_ALD.shape
-    rows = max(1, MOST_CELLS // (heads * keys_HTD.shape[1]))
+    rows = max(1, rule.most_cells // (heads * keys_HTD.shape[1]))
     pieces = [
         _scored_piece(query_ALD[:, start : start + rows], keys_HTD, values_HTE, rule, positions_L[start : start + rows], first)
         for start in range(0, length, rows)

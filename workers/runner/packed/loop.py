@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from ollm_service.core.leasing import RowResult
-from ollm_service.core.packing import MOST_PACK_TOKENS, MOST_TRIED_IN_PASS
+from ollm_service.core.packing import MOST_PACK_TOKENS
 from workers.runner.answers import NOT_A_NUMBER, Answer, out_of_memory
 from workers.runner.kv.cache import PackCache
 from workers.runner.measurements import Measurements
+from workers.runner.media.feeding import features_of
 from workers.runner.memory import is_out_of_memory
 from workers.runner.model import LoadedModel
 from workers.runner.packed.attachment import PackedModel
-from workers.runner.packed.lookup import Lookup, PassCosts
+from workers.runner.packed.draft import DraftModel
+from workers.runner.packed.guessing import Guesser, Guesses
 from workers.runner.packed.pack import Pack, Segment, TokenSequence
 from workers.runner.packed.waiting import WaitingRow, WaitingRows
 from workers.runner.progress import Pulse
@@ -33,26 +35,21 @@ from workers.runner.sampling import Choice, choice_of, choose_tokens
 class RunningRow:
     """A row that has begun: its answer so far, its tokens, and guesses of the next."""
 
-    def __init__(self, waiting: WaitingRow, answer: Answer, sequence: TokenSequence, lookup: Lookup | None) -> None:
+    def __init__(self, waiting: WaitingRow, answer: Answer, sequence: TokenSequence, guesser: Guesser | None) -> None:
         self.waiting = waiting
         self.answer = answer
         self.sequence = sequence
-        self.lookup = lookup
+        self.guesser = guesser
 
     @property
     def has_begun(self) -> bool:
         """Whether its prompt was computed."""
         return self.sequence.cached > 0
 
-    def guess(self, most: int, *, pays: Callable[[float], bool]) -> list[int]:
-        """At most so many tokens that may follow, as long as trying them pays. None that would be the answer's last."""
-        most = min(most, self.answer.row.max_new_tokens - self.answer.length - 1)
-        if self.lookup is None or most < 1 or self.lookup.is_pausing:
-            return []
-        if not pays(self.lookup.share):
-            self.lookup.give_up()
-            return []
-        return self.lookup.guess(most)
+    @property
+    def room(self) -> int:
+        """How many tokens may be tried: one that would be the answer's last need not be fed in."""
+        return self.answer.row.max_new_tokens - self.answer.length - 1
 
     def accept(self, segment: Segment, chosen: Sequence[int], are_numbers: Sequence[bool]) -> int:
         """Take the tokens that the model chose after each of the wanted places, as far as those before them were right.
@@ -72,10 +69,8 @@ class RunningRow:
         del self.sequence.tokens[len(self.sequence.tokens) - len(tried) :]
         self.sequence.cached = len(self.sequence.tokens) + max(0, len(taken) - 1)
         self.sequence.tokens += taken
-        if self.lookup is not None:
-            self.lookup.extend(taken)
-            if tried:
-                self.lookup.learn(len(tried), len(taken) - 1)
+        if self.guesser is not None:
+            self.guesser.learn(taken, len(tried), max(0, len(taken) - 1))
         return len(taken)
 
 
@@ -100,8 +95,8 @@ class PackedLoop:
         self._pulse = pulse
         self._measurements = measurements
         self._started = started
-        self._packed = PackedModel(model.module, model.device)
-        self._costs = PassCosts()
+        self._packed = PackedModel(model.module, model.device, visit=pulse)
+        self._guesses = Guesses(None if model.draft is None else DraftModel(model.draft, model.device))
         self._waiting = WaitingRows(())
         self._running: list[RunningRow] = []
 
@@ -114,7 +109,8 @@ class PackedLoop:
         """After each pass the rows that ended with it, often none. Raises StopRequested, PassFailed, and what a model raises."""
         tokens = max((len(row.tokens) + row.max_new_tokens for row in self._rows), default=0)
         rows = min(self._most_rows, len(self._rows))
-        with self._model.open_cache(rows=rows, tokens=tokens) as cache, self._packed.attached(self._model.layers()):
+        attached = self._packed.attached(self._model.layers())
+        with self._model.open_cache(rows=rows, tokens=tokens) as cache, attached, self._guesses.ready():
             self._waiting = WaitingRows(self._rows, self._suspects, may_share=cache.keeps_all)
             while self._waiting or self._running:
                 self._admit(cache)
@@ -131,9 +127,9 @@ class PackedLoop:
         parent = None if beginning is None else beginning.begun()
         own = list(row.tokens[0 if parent is None else parent.length :])
         # The last token of an answer is never fed in.
-        sequence = TokenSequence(tokens=own, capacity=len(own) + row.max_new_tokens - 1, parent=parent)
-        lookup = Lookup(row.tokens) if may_try and row.generation.is_greedy else None
-        return RunningRow(waiting, Answer(row, self._model.tokenizer, self._model.end_tokens), sequence, lookup)
+        sequence = TokenSequence(tokens=own, capacity=len(own) + row.max_new_tokens - 1, parent=parent, spans=row.spans)
+        guesser = Guesser(row.tokens) if may_try and row.generation.is_greedy else None
+        return RunningRow(waiting, Answer(row, self._model.tokenizer, self._model.end_tokens), sequence, guesser)
 
     def _pass(self, cache: PackCache) -> list[RowResult]:
         """One pass; the results of rows that ended with it."""
@@ -154,7 +150,8 @@ class PackedLoop:
         """One forward pass, and the tokens that it gives."""
         began, pack = time.monotonic(), Pack()
         pairs = self._fill(pack)
-        logits_MV = self._packed.logits(pack, cache)
+        joining = [row.answer.row for row, segment in pairs if segment.is_prompt]
+        logits_MV = self._packed.logits(pack, cache, features_of(joining, self._model.module))
         tokens, are_numbers = self._choose(logits_MV, pairs)
         del logits_MV
         for segment in pack.segments:
@@ -173,10 +170,8 @@ class PackedLoop:
         """Put into the pack what is to be computed; the rows, and where each is."""
         pairs: list[tuple[RunningRow, Segment]] = []
         steps = [row for row in self._running if row.has_begun]
-        spare = MOST_TRIED_IN_PASS - len(steps)
-        for left, row in zip(range(len(steps), 0, -1), steps, strict=True):
-            guessed = row.guess(spare // left, pays=lambda share: self._costs.pays(share, len(steps)))
-            spare -= len(guessed)
+        guesses = self._guesses.of([(row.guesser, row.room) for row in steps])
+        for row, guessed in zip(steps, guesses, strict=True):
             row.sequence.tokens += guessed
             pairs.append((row, pack.add(row.sequence, wanted=1 + len(guessed), is_prompt=False)))
         for row in self._running:
@@ -219,7 +214,7 @@ class PackedLoop:
             seconds=seconds,
         )
         tokens = sum(segment.length for segment in steps)
-        self._costs.note(prompt_tokens=computed, rows=len(steps), tokens=tokens, seconds=seconds)
+        self._guesses.costs.note(prompt_tokens=computed, rows=len(steps), tokens=tokens, seconds=seconds)
 
     def _let_go(self, cache: PackCache) -> list[RowResult]:
         """Make room where rows have their answer."""
@@ -233,6 +228,7 @@ class PackedLoop:
 
     def _forget(self, row: RunningRow, cache: PackCache) -> None:
         cache.forget(row.sequence)
+        self._guesses.forget(row.guesser)
         beginning = row.waiting.beginning
         if beginning is not None:
             beginning.rows -= 1
@@ -244,6 +240,7 @@ class PackedLoop:
         stopped, self._running = self._running, []
         for row in stopped:
             cache.forget(row.sequence)
+            self._guesses.forget(row.guesser)
             beginning = row.waiting.beginning
             if beginning is not None and beginning.sequence is not None:
                 cache.forget(beginning.sequence)

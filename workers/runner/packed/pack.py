@@ -19,13 +19,15 @@ class TokenSequence:
     """Tokens that attend to each other in their order: a row's, or a beginning that several rows share.
 
     `tokens` are those of its own, which come after all of `parent`'s. `capacity` is the most that they will ever be, as far as is
-    known. Of its tokens, `cached` have keys and values in the cache.
+    known. Of its tokens, `cached` have keys and values in the cache. Tokens of one of the `spans`, from and to, see each other
+    whatever their order, as those of an image do; such a prompt is computed in one block.
     """
 
     tokens: list[int]
     capacity: int
     parent: "TokenSequence | None" = None
     cached: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def first_position(self) -> int:
@@ -124,7 +126,9 @@ class Pack:
         return torch.tensor([place for one in self.segments for place in range(one.end - one.wanted, one.end)], dtype=torch.long)
 
     def blocks(self, most_tokens: int) -> list[Block]:
-        """The pack cut into pieces of at most so many tokens; a segment may be cut, too."""
+        """The pack cut into pieces of at most so many tokens; a segment may be cut, too, unless tokens of it see ahead."""
+        if any(one.is_prompt and one.sequence.spans for one in self.segments):
+            most_tokens = self.length
         return [self._block(begin, min(begin + most_tokens, self.length)) for begin in range(0, self.length, most_tokens)]
 
     def _block(self, begin: int, end: int) -> Block:

@@ -52,7 +52,10 @@ class WaitingRows:
     def __init__(self, rows: Iterable[EncodedRow], suspects: Collection[int] = (), *, may_share: bool = True) -> None:
         found = list(rows)
         others = [row for row in found if row.row not in suspects]
-        together = beginning_alike(others) if may_share else [[WaitingRow(row)] for row in others]
+        # The same tokens stand for other images in another row: such rows share nothing.
+        alone = [row for row in others if row.media or not may_share]
+        together = [[WaitingRow(row)] for row in alone]
+        together += beginning_alike(row for row in others if not row.media) if may_share else []
         for group in together:
             group.sort(key=lambda waiting: _order(waiting.row))
         together.sort(key=lambda group: _order(group[0].row))
@@ -80,8 +83,9 @@ class WaitingRows:
         self._rows.extendleft(reversed(list(rows)))
 
 
-def _order(row: EncodedRow) -> tuple[int, int, int]:
-    return (-row.max_new_tokens, -len(row.tokens), row.row)
+def _order(row: EncodedRow) -> tuple[bool, int, int, int]:
+    """Rows with images or sounds first, so that the first pass shows what becomes of them; then those with most to answer."""
+    return (not row.media, -row.max_new_tokens, -len(row.tokens), row.row)
 
 
 def beginning_alike(rows: Iterable[EncodedRow]) -> list[list[WaitingRow]]:

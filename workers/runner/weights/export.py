@@ -26,7 +26,7 @@ from ollm_service.core.gds_export import (
     export_problem,
     source_digest,
 )
-from ollm_service.core.plan import PassId
+from ollm_service.core.plan import GenericModelKind, PassId
 from workers.runner.interruptions import AttemptEnded, PassFailed, first_line
 from workers.runner.weights.extents import DATA, CorruptExtents, Extent, ExtentFile, ExtentWriter, Origin, Span, delete_manifest
 from workers.runner.weights.repack import SCRATCH, loaded_on_disk, write_model
@@ -92,7 +92,7 @@ def export_model(model_dir: Path, visit: Callable[[], None] = lambda: None) -> P
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        module, loader = loaded_on_disk(model_dir, scratch)
+        module, loader = loaded_on_disk(model_dir, scratch, GenericModelKind.CAUSAL_LM)
         write_model(writer, module, loader, visit)
     finally:
         writer.close()

@@ -213,10 +213,7 @@ class ExtentFile:
 
         Raises CorruptExtents where they are not all there, OSError where the file cannot be opened.
         """
-        found, lines = _read_manifest(folder, origin)
-        if listed is None and (not lines or "extents" not in lines[-1]):
-            raise CorruptExtents(f"{folder} holds no whole model")
-        self.extents = found if listed is None else dict(listed)
+        self.extents = _whole_manifest(folder, origin) if listed is None else dict(listed)
         self.slices: dict[str, tuple[Extent, ...]] = {}
         for extent in self.extents.values():
             if extent.first is not None:
@@ -358,6 +355,13 @@ def _line_of(extent: Extent) -> dict[str, Any]:
         "first": extent.first,
         "tensors": spans,
     }
+
+
+def _whole_manifest(folder: Path, origin: Origin) -> dict[str, Extent]:
+    extents, lines = _read_manifest(folder, origin)
+    if not lines or "extents" not in lines[-1]:
+        raise CorruptExtents(f"{folder} holds no whole model")
+    return extents
 
 
 def _read_manifest(folder: Path, origin: Origin) -> tuple[dict[str, Extent], list[dict[str, Any]]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,7 +17,7 @@ from ollm_service.core.wire import Execute
 from workers.runner.interruptions import AttemptEnded, first_line
 from workers.runner.raw import pages
 from workers.runner.weights.export import open_export
-from workers.runner.weights.extents import CorruptExtents, Extent, ExtentFile, tensors_of
+from workers.runner.weights.extents import CorruptExtents, Extent, ExtentFile, Origin, tensors_of
 from workers.runner.weights.parts import vocabulary_keys
 from workers.runner.weights.repack import NoRoomForExtents, forget_extents, open_extents, skeleton
 from workers.runner.weights.streaming import LayerStream, layer_names, off_device, on_device, place_of
@@ -65,7 +66,9 @@ def _load_export(command: Execute, device: torch.device, visit: Callable[[], Non
 
 
 def _made(command: Execute, folder: Path, visit: Callable[[], None]) -> ExtentFile:
-    return open_extents(Path(command.model_dir), folder, command.profile.digest, command.profile.weight_bytes, visit)
+    origin = Origin(digest=command.profile.digest, transformers=transformers.__version__)
+    kind = command.runtime_plan.generic_model_kind
+    return open_extents(Path(command.model_dir), folder, origin, kind, command.profile.weight_bytes, visit)
 
 
 def _load(
@@ -73,7 +76,7 @@ def _load(
 ) -> tuple[PreTrainedModel, LayerStream]:
     placement = command.placement
     try:
-        module = skeleton(Path(command.model_dir))
+        module = skeleton(Path(command.model_dir), command.runtime_plan.generic_model_kind)
         _refuse_misfits(module, source)
         names = layer_names(module)
         in_host = [names[layer] for layer in placement.host_layers]

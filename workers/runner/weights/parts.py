@@ -29,8 +29,11 @@ def _is_stacked(module: nn.Module) -> bool:
 
 
 def input_embedding(module: PreTrainedModel) -> nn.Embedding | None:
-    """What looks up the vectors of tokens, where that is an embedding of torch's kind."""
-    found = module.get_input_embeddings()
+    """What looks up the vectors of tokens, where the model says so and it is an embedding of torch's kind."""
+    try:
+        found = module.get_input_embeddings()
+    except NotImplementedError:
+        return None
     return found if isinstance(found, nn.Embedding) else None
 
 

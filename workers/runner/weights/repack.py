@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-import transformers
 from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from ollm_service.core.passing import tile_rows
-from workers.runner.weights.checkpoint import load_checkpoint
+from ollm_service.core.plan import GenericModelKind
+from workers.runner.weights.checkpoint import AUTO_CLASSES, load_checkpoint
 from workers.runner.weights.extents import CorruptExtents, ExtentFile, ExtentWriter, Origin, delete_extents
 from workers.runner.weights.parts import experts_of, vocabulary_keys
 from workers.runner.weights.streaming import layer_names
@@ -37,31 +37,30 @@ class NoRoomForExtents(Exception):
     """The disk has too little room for a second form of the weights."""
 
 
-def skeleton(model_dir: Path) -> PreTrainedModel:
+def skeleton(model_dir: Path, kind: GenericModelKind | None) -> PreTrainedModel:
     """The model without its weights, which are on the meta device; buffers that no checkpoint holds are there."""
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
     with init_empty_weights(include_buffers=False):
-        module: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]  # transformers does not annotate it
-            config, dtype=config.dtype, trust_remote_code=False
-        )
+        module: PreTrainedModel = AUTO_CLASSES[kind].from_config(config, dtype=config.dtype, trust_remote_code=False)
     if module.can_generate() and (model_dir / "generation_config.json").is_file():
         module.generation_config = GenerationConfig.from_pretrained(model_dir, local_files_only=True)
     module.train(mode=False).requires_grad_(requires_grad=False)
     return module
 
 
-def open_extents(model_dir: Path, folder: Path, digest: str, weight_bytes: int, visit: Callable[[], None]) -> ExtentFile:
+def open_extents(
+    model_dir: Path, folder: Path, origin: Origin, kind: GenericModelKind | None, weight_bytes: int, visit: Callable[[], None]
+) -> ExtentFile:
     """The model's extents in `folder`, which are made where they are not there. `visit` is called while that gets on.
 
     Raises NoRoomForExtents, OSError, and whatever transformers raises for a checkpoint that it cannot load.
     """
-    origin = Origin(digest=digest, transformers=transformers.__version__)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / _LOCK, visit):
         try:
             return ExtentFile(folder, origin)
         except (CorruptExtents, FileNotFoundError):
-            _repack(model_dir, folder, origin, weight_bytes, visit)
+            _repack(model_dir, folder, origin, kind, weight_bytes, visit)
             return ExtentFile(folder, origin)
 
 
@@ -71,7 +70,9 @@ def forget_extents(folder: Path, visit: Callable[[], None]) -> None:
         delete_extents(folder)
 
 
-def _repack(model_dir: Path, folder: Path, origin: Origin, weight_bytes: int, visit: Callable[[], None]) -> None:
+def _repack(
+    model_dir: Path, folder: Path, origin: Origin, kind: GenericModelKind | None, weight_bytes: int, visit: Callable[[], None]
+) -> None:
     writer, scratch = ExtentWriter(folder, origin), folder / SCRATCH
     try:
         shutil.rmtree(scratch, ignore_errors=True)  # of a writer that was killed; the lock is ours
@@ -80,17 +81,17 @@ def _repack(model_dir: Path, folder: Path, origin: Origin, weight_bytes: int, vi
         if needed > free:
             raise NoRoomForExtents(f"{needed:,} bytes are needed in {folder} to lay the weights out by layers, {free:,} are free")
         scratch.mkdir()
-        module, loader = loaded_on_disk(model_dir, scratch)
+        module, loader = loaded_on_disk(model_dir, scratch, kind)
         write_model(writer, module, loader, visit)
     finally:
         writer.close()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def loaded_on_disk(model_dir: Path, scratch: Path) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
+def loaded_on_disk(model_dir: Path, scratch: Path, kind: GenericModelKind | None) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
     """The model with everything on disk, and its weights by the names of its modules, read when they are asked for."""
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what we ask for
-    module = load_checkpoint(model_dir, device_map={"": "disk"}, offload_folder=str(scratch))
+    module = load_checkpoint(model_dir, kind, device_map={"": "disk"}, offload_folder=str(scratch))
     hooks = [hook for child in module.modules() if (hook := getattr(child, "_hf_hook", None)) is not None]
     weights = next(hook.weights_map for hook in hooks if hook.weights_map)
     loader = weights.dataset if isinstance(weights, PrefixedDataset) else weights

@@ -64,10 +64,19 @@ def place_of(root: nn.Module, key: str) -> Place:
 
 
 def layer_names(module: nn.Module) -> list[str]:
-    """The names of the decoder layers, in their order: the entries of the longest module list."""
-    lists = {name: len(child) for name, child in module.named_modules() if isinstance(child, nn.ModuleList)}
+    """The names of the decoder layers, in their order: the entries of the decoder's longest module list.
+
+    A tower for images or sounds may have more layers than the decoder, and is no part of it.
+    """
+    find = getattr(module, "get_decoder", None)
+    decoder = module if find is None else find()
+    prefix = next((name for name, child in module.named_modules() if child is decoder and name), "")
+    lists = {name: len(child) for name, child in decoder.named_modules() if isinstance(child, nn.ModuleList)}
     longest = max(lists, key=lambda name: lists[name], default=None)
-    return [] if longest is None else [f"{longest}.{number}" for number in range(lists[longest])]
+    if longest is None:
+        return []
+    path = f"{prefix}.{longest}" if prefix else longest
+    return [f"{path}.{number}" for number in range(lists[longest])]
 
 
 class LayerStream:

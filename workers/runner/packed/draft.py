@@ -1,0 +1,77 @@
+"""Which tokens may come next, told by a small model that reads the same tokens?
+
+The draft stays in memory beside the model that it guesses for. It goes through its own packs, with all rows that want guesses
+together: first over what is certain since it guessed last, then a token at a time. What it has guessed wrong is taken back from
+its cache when it is asked again. It never decides a token.
+"""
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from ollm_service.core.packing import USUAL_GUESS_TOKENS
+from workers.runner.kv.cache import PackCache, layers_of
+from workers.runner.packed.attachment import PackedModel
+from workers.runner.packed.pack import Pack, TokenSequence
+from workers.runner.weights.streaming import layer_names
+
+
+class DraftModel:
+    """A model that guesses for one attempt's rows, each known by a key."""
+
+    def __init__(self, module: PreTrainedModel, device: torch.device) -> None:
+        """Raises TypeError for a model of layers that no cache of ours can keep."""
+        self._packed = PackedModel(module, device)
+        self._layers = [module.get_submodule(name) for name in layer_names(module)]
+        self._cache = PackCache(layers_of(module))
+        self._texts: dict[Hashable, TokenSequence] = {}
+
+    @property
+    def can_guess(self) -> bool:
+        """Whether it can take back what was wrong."""
+        return self._cache.can_go_back
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """It can be asked as long as this lasts."""
+        try:
+            with self._packed.attached(self._layers):
+                yield
+        finally:
+            self._cache.close()
+            self._texts.clear()
+
+    @torch.inference_mode()
+    def guess(self, texts: Mapping[Hashable, Sequence[int]], most: int = USUAL_GUESS_TOKENS) -> dict[Hashable, list[int]]:
+        """So many tokens that may follow each of these texts. Whatever the model raises passes through."""
+        rows = {key: self._caught_up(key, text) for key, text in texts.items()}
+        for _ in range(most if rows else 0):
+            pack = Pack()
+            for row in rows.values():
+                pack.add(row, wanted=1, is_prompt=not row.cached)
+            best: list[int] = self._packed.logits(pack, self._cache).argmax(dim=-1).tolist()
+            for row, token in zip(rows.values(), best, strict=True):
+                row.cached = len(row.tokens)
+                row.tokens.append(token)
+        return {key: row.tokens[len(texts[key]) :] for key, row in rows.items()}
+
+    def forget(self, key: Hashable) -> None:
+        """This text ends."""
+        text = self._texts.pop(key, None)
+        if text is not None:
+            self._cache.forget(text)
+
+    def _caught_up(self, key: Hashable, text: Sequence[int]) -> TokenSequence:
+        """The text as the cache has it, as far as that was right. The last token at least is to be fed in."""
+        row = self._texts.get(key)
+        if row is None:
+            row = self._texts[key] = TokenSequence(tokens=[], capacity=len(text))
+        most = min(row.cached, len(text) - 1)
+        right = next((place for place in range(most) if row.tokens[place] != text[place]), most)
+        if right < row.cached:
+            row.cached = right
+            self._cache.truncate(row)
+        row.tokens = list(text)
+        return row
