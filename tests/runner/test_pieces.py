@@ -204,3 +204,18 @@ def still_there(address: int) -> int:
     """The byte at this address, which ends the process where there is no memory any more."""
 
     return ctypes.c_uint8.from_address(address).value
+
+
+def test_nothing_is_taken_before_the_first_piece_is_asked_for(source: ExtentFile) -> None:
+    """What is opened again with smaller pieces before that has slots of their size only."""
+    host = HostPieces(source, HOST_SLOTS, CPU)
+    ahead = DevicePieces(host, CPU)
+    ahead.open(pieces_of(source))
+    assert not ahead._slots
+    assert not host._slots
+    ahead.close()
+    ahead.open(pieces_of(source)[:2])
+    ahead.give_back(ahead.take(NAMES[0]))
+    smaller = max(source.extents[name].size for name in NAMES[:2])
+    assert {slot.numel() for slot in (*host._slots, *ahead._slots)} == {smaller}
+    ahead.close()

@@ -179,7 +179,8 @@ class HostPieces:
 class DevicePieces:
     """Pieces in `DEVICE_SLOTS` slots of a device. It opens and closes the host's.
 
-    The slots are taken when the first piece is asked for, since until then pieces may still become smaller. Streams and events
+    All slots are taken when the first piece is asked for: until then pieces may still become smaller, and page-locked memory is
+    dear. Streams and events
     are those of the device's own module in torch; the CPU's do nothing, and there a copy is over when it was called.
     """
 
@@ -198,9 +199,8 @@ class DevicePieces:
         self._carrier: threading.Thread | None = None
 
     def open(self, pieces: Sequence[Piece]) -> None:
-        """Begin to read; copies begin when the first piece is asked for."""
+        """Begin to read and to copy when the first piece is asked for."""
         self._pieces, self._error, self._is_closed = tuple(pieces), None, False
-        self._host.open(pieces)
 
     def take(self, name: str) -> Brought:
         """The piece with this name; what is enqueued from now on finds it there. Raises what bringing it raised."""
@@ -244,6 +244,7 @@ class DevicePieces:
         """Take the slots. Their memory may be that of tensors which the device still computes with: copies wait for that."""
         count, largest = min(DEVICE_SLOTS, len(self._pieces)), max(piece.size for piece in self._pieces)
         self._slots = [torch.empty(largest, dtype=torch.uint8, device=self._device) for _ in range(count)]
+        self._host.open(self._pieces)
         is_free = self._event_on(self._runtime.current_stream(self._device))
         self._free.extend((slot, is_free) for slot in range(count))
         self._carrier = threading.Thread(target=self._carry_on, name="weights-to-device", daemon=True)
