@@ -79,7 +79,11 @@ def make_copying_model(folder: Path, *, layers: int, width: int) -> None:
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> float:
-    """Texts grow from 8 words to as many as are asked later. Returns the mean loss of the last steps."""
+    """Texts grow from 8 words to as many as are asked later. Returns the mean loss of the last steps.
+
+    With one thread: the work of a step is small, and on a busy machine several wait for each other.
+    """
+    torch.set_num_threads(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     chance, began, losses = random.Random(0), time.monotonic(), []
     for step in range(1, STEPS + 1):
