@@ -71,13 +71,18 @@ def _static(model: Any, own: Path, rows: tuple[Row, ...], at_a_time: int, cold_f
     """Left-padded batches in the order of arrival, each as long as its longest answer."""
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(own)
     _generate(model, tokenizer, work("warm-up"))
-    clock, began = PassClock(model, cold_files), time.perf_counter()
+    clock, read, began = PassClock(model, cold_files), bytes_from_disk(), time.perf_counter()
     for batch in batches(rows, at_a_time):
         _generate(model, tokenizer, batch)
     seconds = time.perf_counter() - began - clock.dropping
     passes = clock.seconds()
     steps = passes[1:] if len(rows) <= at_a_time else passes
-    return {"seconds": seconds, "passes": float(len(passes)), "step_seconds": statistics.mean(steps)}
+    return {
+        "seconds": seconds,
+        "passes": float(len(passes)),
+        "step_seconds": statistics.mean(steps),
+        "disk_bytes_a_pass": (bytes_from_disk() - read) / len(passes),
+    }
 
 
 def _generate(model: Any, tokenizer: Any, rows: Any) -> None:
@@ -143,6 +148,12 @@ def disk(folder: Path, *, model: str) -> Measured:
     seconds = time.perf_counter() - began
     os.close(file)
     return {"bytes_a_second": read / seconds}
+
+
+def bytes_from_disk() -> int:
+    """What this process has had to fetch from the disk so far, also through mapped files: shows that passes were cold."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["read_bytes"])
 
 
 def drop(path: Path) -> None:
