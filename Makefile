@@ -54,7 +54,7 @@ bench-dispatch: setup servers ## how fast plans reach workers, and how fast a lo
 bench-estimates: setup ## how near the estimates of memory and time are to five models' real attempts
 	@$(PY) bench/estimates.py --json
 
-bench-engine: setup ## the engine beside accelerate, with a model that is read from disk
+bench-engine: setup ## the engine beside accelerate and transformers, streamed and in memory
 	@$(PY) -m bench.engine --json
 
 bench-gpu: ## copies, streaming, a whole job and memory on a CUDA device; asks for no more than test-gpu

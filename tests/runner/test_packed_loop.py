@@ -135,6 +135,17 @@ def test_guesses_save_passes_and_change_no_token(engine: Engine, llama: Path, tm
     assert only(messages, Finished).measured["tried_tokens"] > 0
 
 
+def test_an_engine_that_tries_nothing_takes_a_pass_for_each_token(llama: Path, tmp_path: Path) -> None:
+    """The same answers, with as many passes as tokens."""
+    folder = repeating(llama, tmp_path / "repeats")
+    row = work_row(0, "abcabcabcabc", max_new_tokens=40)
+    command = make_command(folder, [row], passes=(PassId.CPU_OFFLOAD,), cache_dir=tmp_path / "cache", disk_layers=(0, 1))
+    messages = run(Engine(tries_ahead=False), command)
+    assert {result.text for result in results_of(messages).values()} == {plain_greedy(folder, str(row.prompt), 40)}
+    measured = only(messages, Finished).measured
+    assert (measured["passes"], measured["tried_tokens"]) == (40, 0)
+
+
 def repeating(source: Path, folder: Path) -> Path:
     """A llama whose layers add nothing and whose head turns each token into the next of a cycle of five."""
     model: Any = AutoModelForCausalLM.from_pretrained(source)

@@ -75,7 +75,10 @@ class RunningRow:
 
 
 class PackedLoop:
-    """The rows of one attempt. `started` is told which rows run, each time that some have joined."""
+    """The rows of one attempt. `started` is told which rows run, each time that some have joined.
+
+    Without `tries_ahead` every row gets one token a pass: the answers are the same, and what guesses gain can be measured.
+    """
 
     def __init__(
         self,
@@ -87,6 +90,7 @@ class PackedLoop:
         pulse: Pulse,
         measurements: Measurements,
         started: Callable[[tuple[int, ...]], None],
+        tries_ahead: bool = True,
     ) -> None:
         self._model = model
         self._rows = rows
@@ -97,6 +101,7 @@ class PackedLoop:
         self._started = started
         self._packed = PackedModel(model.module, model.device, visit=pulse)
         self._guesses = Guesses(None if model.draft is None else DraftModel(model.draft, model.device))
+        self._tries_ahead = tries_ahead
         self._waiting = WaitingRows(())
         self._running: list[RunningRow] = []
 
@@ -119,7 +124,7 @@ class PackedLoop:
     def _admit(self, cache: PackCache) -> None:
         taken = self._waiting.take(self._most_rows - len(self._running), MOST_PACK_TOKENS, others_run=bool(self._running))
         if taken:
-            self._running += [self._begun(waiting, may_try=cache.can_go_back) for waiting in taken]
+            self._running += [self._begun(waiting, may_try=self._tries_ahead and cache.can_go_back) for waiting in taken]
             self._started(self.in_flight)
 
     def _begun(self, waiting: WaitingRow, *, may_try: bool) -> RunningRow:
