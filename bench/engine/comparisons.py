@@ -95,7 +95,10 @@ def tokens_a_second(measured: Measured) -> float:
 
 def comparisons(*, is_quick: bool = False) -> Mapping[str, Comparison]:
     """All of them, those on one model next to each other."""
-    plain = Setting(rows="copying", model=COPYING, at_a_time=1, warm_up="copying warm-up")
+    return {**_streamed_steps(), **_in_memory(), **_streamed_job(is_quick), **_guesses(), **_bytes()}
+
+
+def _streamed_steps() -> Mapping[str, Comparison]:
     return {
         "disk": Comparison(
             model=LLAMA,
@@ -105,6 +108,11 @@ def comparisons(*, is_quick: bool = False) -> Mapping[str, Comparison]:
         ),
         "32 rows": _decoding("32x128", 32, 5),
         "256 rows": _decoding("256x32", 256, 3),
+    }
+
+
+def _in_memory() -> Mapping[str, Comparison]:
+    return {
         "shared beginning": Comparison(
             model=LLAMA,
             pairs=5,
@@ -137,6 +145,11 @@ def comparisons(*, is_quick: bool = False) -> Mapping[str, Comparison]:
                 )
             },
         ),
+    }
+
+
+def _streamed_job(is_quick: bool) -> Mapping[str, Comparison]:
+    return {
         "streamed job": Comparison(
             model=LLAMA,
             pairs=1,
@@ -148,6 +161,12 @@ def comparisons(*, is_quick: bool = False) -> Mapping[str, Comparison]:
                 "mixed_lengths_efficiency": Figure(("ours",), lambda pair: mixed_lengths_efficiency(pair, is_quick=is_quick)),
             },
         ),
+    }
+
+
+def _guesses() -> Mapping[str, Comparison]:
+    plain = Setting(rows="copying", model=COPYING, at_a_time=1, warm_up="copying warm-up")
+    return {
         "guesses": Comparison(
             model=COPYING,
             pairs=5,
@@ -164,6 +183,12 @@ def comparisons(*, is_quick: bool = False) -> Mapping[str, Comparison]:
                 ),
             },
         ),
+    }
+
+
+def _bytes() -> Mapping[str, Comparison]:
+    """What is read and what is held at the peak."""
+    return {
         "experts": Comparison(
             model=EXPERTS,
             pairs=1,

@@ -7,6 +7,7 @@ streamed.
 
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from scripts.deepen_demo_model import deepen
 WORDS, CAPITALS = 96, 1 / 8
 SPECIAL = ("<pad>", "<text>", "<answer>", "<end>")
 TEXT_TOKENS = 60
-STEPS, ROWS, RATE = 1100, 48, 3e-3
+STEPS, ROWS, RATE = 900, 48, 3e-3
 IGNORED = -100
 
 
@@ -72,10 +73,10 @@ def make_copying_model(folder: Path, *, layers: int, width: int) -> None:
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers does not annotate it
         eos_token_id=SPECIAL.index("<end>"), pad_token_id=0
     )
-    small = folder.with_name("small")
-    model.save_pretrained(small)
-    tokenizer.save_pretrained(small)
-    deepen(folder, layers=layers, width=width, source_folder=small)
+    with tempfile.TemporaryDirectory() as small:
+        model.save_pretrained(small)
+        tokenizer.save_pretrained(small)
+        deepen(folder, layers=layers, width=width, source_folder=Path(small))
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> float:

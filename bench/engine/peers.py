@@ -101,7 +101,10 @@ def _generate(model: Any, tokenizer: Any, rows: Any) -> None:
 
 
 def continuous(folder: Path, *, model: str, rows: str, is_quick: bool) -> Measured:
-    """The model in memory and what `generate_batch` is made of, which lets rows have limits of their own."""
+    """The model in memory and what `generate_batch` is made of, which lets rows have limits of their own.
+
+    Half of the free memory may hold its KV cache: more than all of a job's rows need.
+    """
     own = model_folder(folder, model)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(own)
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(own, dtype="auto", attn_implementation="sdpa")
@@ -109,7 +112,14 @@ def continuous(folder: Path, *, model: str, rows: str, is_quick: bool) -> Measur
     options = transformers.GenerationConfig(  # type: ignore[no-untyped-call]  # transformers does not annotate it
         do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(row.answer_tokens for row in found)
     )
-    with torch.inference_mode(), loaded.continuous_batching_context_manager(generation_config=options, timeout=5) as manager:
+    memory = transformers.ContinuousBatchingConfig(max_memory_percent=0.5)
+    # Its own thread changes tensors that are made here, which inference mode forbids.
+    with (
+        torch.no_grad(),
+        loaded.continuous_batching_context_manager(
+            generation_config=options, continuous_batching_config=memory, timeout=5
+        ) as manager,
+    ):
         _answer_all(manager, tokenizer, work("warm-up"))
         began = time.perf_counter()
         _answer_all(manager, tokenizer, found)
@@ -127,7 +137,8 @@ def _answer_all(manager: Any, tokenizer: Any, rows: tuple[Row, ...]) -> None:
         result = manager.get_result(timeout=1)
         if result is None:
             if not manager.is_running():
-                raise SystemExit("transformers' continuous batching has ended before its rows")
+                error = manager.background_thread_status.fatal_error
+                raise SystemExit(f"transformers' continuous batching has ended before its rows: {error!r}")
         elif result.is_finished():
             limit = limits.pop(result.request_id)
             if len(result.generated_tokens) != limit:
