@@ -14,10 +14,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 from ollm_service.core.packing import MOST_DRAFTED_ROWS, MOST_TRIED_IN_PASS, USUAL_GUESS_TOKENS
 from workers.runner.packed.draft import DraftModel
-from workers.runner.packed.lookup import Lookup
+from workers.runner.packed.lookup import SHORTEST_MATCH, Lookup
 
 # How much a trial says about the next, and what is expected of a row's first.
 NEWEST_WEIGHT, FIRST_SHARE = 0.3, 0.6
+# A prompt of fewer tokens says little of what one costs; of a row whose text was right so often one token that matches is enough.
+TELLING_TOKENS, SURE_SHARE = 64, 0.75
 # After so many tokens a source that was given up is tried again.
 TRY_AGAIN_TOKENS = 48
 
@@ -89,7 +91,8 @@ class Guesses:
         for left, (guesser, room) in zip(range(len(rows), 0, -1), rows, strict=True):
             guess: list[int] = []
             if guesser is not None and self._pays(guesser.of_text, len(rows), 0.0):
-                guess = guesser.ask(guesser.of_text, guesser.lookup.guess(min(spare // left, room)))
+                shortest = 1 if guesser.of_text.share >= SURE_SHARE else SHORTEST_MATCH
+                guess = guesser.ask(guesser.of_text, guesser.lookup.guess(min(spare // left, room), shortest))
             spare -= len(guess)
             found.append(guess)
         if self.draft is not None:
@@ -140,14 +143,18 @@ class PassCosts:
 
     def note(self, *, prompt_tokens: int, rows: int, tokens: int, seconds: float) -> None:
         """A pass: over prompts, over one token each of `rows` rows, or over `tokens` of theirs with those tried."""
+        tried = tokens - rows
         if prompt_tokens:
-            # Nearly all of a prompt's pass is its tokens; where weights stream, what of it the disk took is not.
+            # Nearly all of a long prompt's pass is its tokens; where weights stream, what of it the disk took is not.
             spent = max(0.0, seconds - (self._pass_seconds or 0.0)) / prompt_tokens
-            self._token_seconds = spent if self._token_seconds is None else min(spent, self._token_seconds)
+            if prompt_tokens >= TELLING_TOKENS:
+                self._token_seconds = spent if self._token_seconds is None else min(spent, self._token_seconds)
+        elif rows and tried and self._pass_seconds is not None:
+            spent = max(0.0, seconds - self._pass_seconds) / tried
+            self._token_seconds = spent if self._token_seconds is None else _towards(self._token_seconds, spent)
         elif rows:
-            alone = max(0.0, seconds - (tokens - rows) * (self._token_seconds or 0.0))
-            known = self._pass_seconds
-            self._pass_seconds = alone if known is None else known + NEWEST_WEIGHT * (alone - known)
+            alone = max(0.0, seconds - tried * (self._token_seconds or 0.0))
+            self._pass_seconds = alone if self._pass_seconds is None else _towards(self._pass_seconds, alone)
 
     def seconds_saved(self, rows: int) -> float | None:
         """What one right token saves among so many rows; None before a pass was seen."""
@@ -157,3 +164,7 @@ class PassCosts:
         """Whether guessing and trying a token that is right with this probability takes less than what it saves."""
         saved = self.seconds_saved(rows)
         return saved is None or share * saved > (self._token_seconds or 0.0) + guess_seconds
+
+
+def _towards(known: float, seen: float) -> float:
+    return known + NEWEST_WEIGHT * (seen - known)

@@ -24,14 +24,14 @@ class Lookup:
         for token in tokens:
             # What ends at the newest token is noted when the next one is there: it has to be followed by something.
             end = len(self._text)
-            for length in range(SHORTEST_MATCH, min(LONGEST_MATCH, end) + 1):
+            for length in range(1, min(LONGEST_MATCH, end) + 1):
                 self._ends[tuple(self._text[end - length : end])] = end
             self._text.append(token)
 
-    def guess(self, most: int) -> list[int]:
-        """At most so many tokens that may follow."""
+    def guess(self, most: int, shortest: int = SHORTEST_MATCH) -> list[int]:
+        """At most so many tokens that may follow, where the newest `shortest` or more were there before."""
         most = min(most, MOST_TRIED_TOKENS)
-        for length in range(min(LONGEST_MATCH, len(self._text)), SHORTEST_MATCH - 1, -1):
+        for length in range(min(LONGEST_MATCH, len(self._text)), shortest - 1, -1):
             end = self._ends.get(tuple(self._text[-length:]))
             if end is not None:
                 return self._text[end : end + most]
