@@ -58,7 +58,7 @@ class PagedLayer(HistoryLayer):
         self._prompts: dict[Text, Room] = {}
 
     def append(self, arrival: Arrival, keys_HLD: Tensor, values_HLD: Tensor) -> None:
-        """Take in new tokens; a page that was full before them is written now, since they may be taken back. Raises OSError."""
+        """Take in new tokens; pages that were full before them are written now, since they may be taken back. Raises OSError."""
         kept = self._kept.get(arrival.sequence)
         if kept is None:
             kept = self._kept[arrival.sequence] = self._new(keys_HLD, values_HLD)
@@ -127,8 +127,8 @@ class PagedLayer(HistoryLayer):
         return _Kept(Room(keys_HLD, values_HLD, self._page_tokens + MOST_TRIED_TOKENS + 1))
 
     def _spill(self, kept: _Kept) -> None:
-        """Write the page that the tail has filled, if it has."""
-        if kept.tail.used >= self._page_tokens:
+        """Write the pages that the tail has filled: several where pages are smaller than what is tried at a time."""
+        while kept.tail.used >= self._page_tokens:
             self._write(kept, self._page_tokens)
 
     def _write(self, kept: _Kept, tokens: int) -> None:
