@@ -66,14 +66,17 @@ class WaitingRows:
         return bool(self._rows or self._suspects)
 
     def take(self, most_rows: int, most_tokens: int, *, others_run: bool) -> list[WaitingRow]:
-        """The next rows, of at most so many new prompt tokens, or one alone if none runs."""
+        """The next rows, of at most so many new prompt tokens, or one alone that has more.
+
+        Such a one joins others that run: if it waited for them, long prompts would be answered one after another.
+        """
         if not self._rows and self._suspects and not others_run:
             return [self._suspects.popleft()]
         taken: list[WaitingRow] = []
         tokens = 0
         while self._rows and len(taken) < most_rows:
             tokens += self._rows[0].new_tokens
-            if tokens > most_tokens and (taken or others_run):
+            if tokens > most_tokens and taken:
                 break
             taken.append(self._rows.popleft())
         return taken
