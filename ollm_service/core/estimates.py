@@ -7,7 +7,7 @@ what the runner's process takes before it has a model (`RUNTIME_BYTES`).
   B rows · P tokens of the longest prompt · T tokens of the longest row with its answer · w bytes of an element · n layers
   H hidden size · I width of the feed-forward network · Q of all query heads · A heads · V vocabulary · E experts of a token
   F, S what a token leaves in layers of full and of sliding attention, K in the widest layer · W their window · R a row's state
-  N tokens of a pack, B·P but at most `MOST_PACK_TOKENS` or one prompt · b of a block of it, at most `BLOCK_TOKENS`
+  N tokens of a pack, B·P but at most `MOST_PACK_TOKENS` or one prompt, and M more · b of a block, at most `BLOCK_TOKENS`
 
 weights      all tensors as loaded. Of layers that are not kept on the device, `DEVICE_SLOTS` times the largest instead: one
              computes while the next arrives. With moe-routing they pass without their experts, and of those `EXPERT_SLOTS`

@@ -22,7 +22,8 @@ SCALE_BYTES = 4  # of the numbers that one head keeps of a token in int8
 def pack_moment(profile: ModelProfile, layout: Layout, rows: int, tokens: int, prompt: int) -> Moment:
     """A pass in which prompts are computed while all other rows are as long as they become."""
     kv = _kv(profile, layout, rows, tokens, prompt)
-    pack = max(min(rows * prompt, max(MOST_PACK_TOKENS, prompt)), _most_steps(rows))
+    steps = _most_steps(rows)
+    pack = max(min(rows * prompt, max(MOST_PACK_TOKENS, prompt) + steps), steps)
     block = min(pack, BLOCK_TOKENS)
     element, hidden = profile.element_bytes, profile.hidden_size
     # A pack of several blocks is there whole: its embeddings, what a layer is given and what it makes of it.
@@ -31,9 +32,8 @@ def pack_moment(profile: ModelProfile, layout: Layout, rows: int, tokens: int, p
     scores = _score_bytes(profile, rows, prompt, block)
     masks = _mask_bytes(profile, prompt)
     layers = Moment(kv=kv, activations=whole + work + scores, masks=masks)
-    places = _most_steps(rows)
-    logits = logits_bytes(profile, layout, places=places, rows=rows, beside=0)
-    head = Moment(kv=kv, activations=whole + places * hidden * element, logits=logits)
+    logits = logits_bytes(profile, layout, places=steps, rows=rows, beside=0)
+    head = Moment(kv=kv, activations=whole + steps * hidden * element, logits=logits)
     return max(layers, head, key=lambda moment: moment.total)
 
 
