@@ -19,7 +19,7 @@ from ollm_service.core.packing import MOST_PACK_TOKENS
 from workers.runner.answers import NOT_A_NUMBER, Answer, out_of_memory
 from workers.runner.kv.cache import PackCache
 from workers.runner.measurements import Measurements
-from workers.runner.media.feeding import features_of
+from workers.runner.media.feeding import features_of, placeholder_of
 from workers.runner.memory import is_out_of_memory
 from workers.runner.model import LoadedModel
 from workers.runner.packed.attachment import PackedModel
@@ -50,6 +50,12 @@ class RunningRow:
     def room(self) -> int:
         """How many tokens may be tried: one that would be the answer's last need not be fed in."""
         return self.answer.row.max_new_tokens - self.answer.length - 1
+
+    def poses_as(self, placeholder: int) -> bool:
+        """Whether it would feed in this token though it has nothing to be put in the token's place."""
+        if self.has_begun:
+            return placeholder in self.sequence.tokens[self.sequence.cached :]
+        return not self.answer.row.media and placeholder in self.answer.row.tokens
 
     def accept(self, segment: Segment, chosen: Sequence[int], are_numbers: Sequence[bool]) -> int:
         """Take the tokens that the model chose after each of the wanted places, as far as those before them were right.
@@ -167,14 +173,22 @@ class PackedLoop:
         self._count(pack, pairs, new_tokens, time.monotonic() - began)
 
     def _fill(self, pack: Pack) -> list[tuple[RunningRow, Segment]]:
-        """Put into the pack what is to be computed; the rows, and where each is."""
+        """Put into the pack what is to be computed; the rows, and where each is.
+
+        Where images or sounds come in, a row that has their placeholder in its text waits for the next pass, or they would be
+        put into it.
+        """
         pairs: list[tuple[RunningRow, Segment]] = []
-        steps = [row for row in self._running if row.has_begun]
+        feeds = any(row.answer.row.media and not row.has_begun for row in self._running)
+        placeholder = placeholder_of(self._model.module) if feeds else None
+        running = [row for row in self._running if placeholder is None or not row.poses_as(placeholder)]
+        steps = [row for row in running if row.has_begun]
         guesses = self._guesses.of([(row.guesser, row.room) for row in steps])
         for row, guessed in zip(steps, guesses, strict=True):
-            row.sequence.tokens += guessed
-            pairs.append((row, pack.add(row.sequence, wanted=1 + len(guessed), is_prompt=False)))
-        for row in self._running:
+            tried = guessed[: guessed.index(placeholder)] if placeholder in guessed else guessed
+            row.sequence.tokens += tried
+            pairs.append((row, pack.add(row.sequence, wanted=1 + len(tried), is_prompt=False)))
+        for row in running:
             if not row.has_begun:
                 parent = row.sequence.parent
                 if parent is not None and not parent.cached and not pack.has(parent):
