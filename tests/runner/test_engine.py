@@ -78,6 +78,21 @@ def test_a_stop_ends_the_plan_between_steps(engine: Engine, llama: Path) -> None
     assert set(results_of(run(engine, make_command(llama, rows)))) == {0, 1, 2}
 
 
+def test_what_is_answered_is_told_before_a_stop(llama: Path) -> None:
+    """Answers that wait to be reported with others are not lost when the plan is stopped."""
+    engine, messages, stop = Engine(report_seconds=1e6), list[Message](), threading.Event()
+
+    def report(message: Message) -> None:
+        messages.append(message)
+        if isinstance(message, BatchStarted) and message.rows == (3,):
+            stop.set()
+
+    rows = [work_row(index, "hello", max_new_tokens=4) for index in range(4)]
+    engine.execute(make_command(llama, rows, micro_batch=1), report, stop)
+    assert isinstance(messages[-1], Stopped)
+    assert set(results_of(messages)) == {0, 1, 2}
+
+
 class Brittle(MlpChunking):
     """A pass that breaks with an error that no pass is meant to raise, where `breaks` says: in `apply` or in `forward`."""
 
