@@ -105,6 +105,7 @@ class PackedLoop:
         self._guesses = Guesses(None if model.draft is None else DraftModel(model.draft, model.device))
         self._waiting = WaitingRows(())
         self._running: list[RunningRow] = []
+        self._may_try, self._is_trying = True, False
 
     @property
     def in_flight(self) -> tuple[int, ...]:
@@ -125,7 +126,7 @@ class PackedLoop:
     def _admit(self, cache: PackCache) -> None:
         taken = self._waiting.take(self._most_rows - len(self._running), MOST_PACK_TOKENS, others_run=bool(self._running))
         if taken:
-            self._running += [self._begun(waiting, may_try=cache.can_go_back) for waiting in taken]
+            self._running += [self._begun(waiting, may_try=self._may_try and cache.can_go_back) for waiting in taken]
             self._started(self.in_flight)
 
     def _begun(self, waiting: WaitingRow, *, may_try: bool) -> RunningRow:
@@ -183,6 +184,7 @@ class PackedLoop:
         placeholder = placeholder_of(self._model.module) if feeds else None
         running = [row for row in self._running if placeholder is None or not row.poses_as(placeholder)]
         steps = [row for row in running if row.has_begun]
+        self._is_trying = any(row.guesser is not None for row in steps)
         guesses = self._guesses.of([(row.guesser, row.room) for row in steps])
         for row, guessed in zip(steps, guesses, strict=True):
             tried = guessed[: guessed.index(placeholder)] if placeholder in guessed else guessed
@@ -250,7 +252,10 @@ class PackedLoop:
                 cache.forget(beginning.sequence)
 
     def _shrink(self, cache: PackCache) -> list[RowResult]:
-        """Memory ran out: begin these rows anew, fewer at a time. One that was alone gets that as its error."""
+        """Memory ran out: begin these rows anew, fewer at a time, and from now on without trying tokens in advance.
+
+        One that was alone, and not for tokens that were tried, gets that as its error.
+        """
         stopped, self._running = self._running, []
         for row in stopped:
             cache.forget(row.sequence)
@@ -262,10 +267,11 @@ class PackedLoop:
         gc.collect()
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
-        if len(stopped) == 1:
+        if len(stopped) == 1 and not self._is_trying:
             self._forget(stopped[0], cache)
             return [out_of_memory(stopped[0].answer.row)]
         self._measurements.halvings += 1
+        self._may_try = False
         self._most_rows = max(1, len(stopped) // 2)
         self._waiting.put_back(row.waiting for row in stopped)
         return []
