@@ -26,12 +26,23 @@ class DraftModel:
         self._packed = PackedModel(module, device)
         self._layers = [module.get_submodule(name) for name in layer_names(module)]
         self._cache = PackCache(layers_of(module))
+        config = module.config.get_text_config(decoder=True)
+        self._vocabulary: int = config.vocab_size
+        self._context: int | None = getattr(config, "max_position_embeddings", None)
         self._texts: dict[Hashable, TokenSequence] = {}
 
     @property
     def can_guess(self) -> bool:
         """Whether it can take back what was wrong."""
         return self._cache.can_go_back
+
+    def can_read(self, text: Sequence[int]) -> bool:
+        """Whether the text has room in its context, with guesses behind it, and all of the tokens places in its vocabulary.
+
+        The same tokenizer says nothing of either: matrices may be padded, and a small model often has a short context.
+        """
+        has_room = self._context is None or len(text) + USUAL_GUESS_TOKENS <= self._context
+        return has_room and max(text) < self._vocabulary
 
     @contextmanager
     def attached(self) -> Iterator[None]:

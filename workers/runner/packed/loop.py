@@ -102,7 +102,8 @@ class PackedLoop:
         self._measurements = measurements
         self._started = started
         self._packed = PackedModel(model.module, model.device)
-        self._guesses = Guesses(None if model.draft is None else DraftModel(model.draft, model.device))
+        vocabulary = model.module.config.get_text_config(decoder=True).vocab_size
+        self._guesses = Guesses(None if model.draft is None else DraftModel(model.draft, model.device), vocabulary)
         self._waiting = WaitingRows(())
         self._running: list[RunningRow] = []
         self._may_try, self._is_trying = True, False
