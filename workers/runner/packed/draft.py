@@ -17,6 +17,9 @@ from workers.runner.packed.attachment import PackedModel
 from workers.runner.packed.pack import Pack, TokenSequence
 from workers.runner.weights.streaming import layer_names
 
+# How many more a text has room for when its own is full: with none all of it would be copied for each token.
+_MORE_TOKENS = 128
+
 
 class DraftModel:
     """A model that guesses for one attempt's rows, each known by a key."""
@@ -78,7 +81,9 @@ class DraftModel:
         """The text as the cache has it, as far as that was right. The last token at least is to be fed in."""
         row = self._texts.get(key)
         if row is None:
-            row = self._texts[key] = TokenSequence(tokens=[], capacity=len(text))
+            row = self._texts[key] = TokenSequence(tokens=[], capacity=0)
+        if len(text) + USUAL_GUESS_TOKENS > row.capacity:
+            row.capacity = len(text) + _MORE_TOKENS
         most = min(row.cached, len(text) - 1)
         right = next((place for place in range(most) if row.tokens[place] != text[place]), most)
         if right < row.cached:
