@@ -1,8 +1,10 @@
 # The two commands of a newcomer are `make demo` and `make test`.
 PY := .venv/bin/python
 READY := .venv/.ready
+# What needs a GPU needs no more than the runner: it uses .venv where there is one, else the python that is there.
+GPU_PY := $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: bench-engine help setup servers demo test exactness lint check pages chaos bench-dispatch bench-estimates clean
+.PHONY: bench-engine bench-gpu test-gpu help setup servers demo test exactness lint check pages chaos bench-dispatch bench-estimates clean
 .DEFAULT_GOAL := help
 
 help: ## say what each target does
@@ -27,6 +29,10 @@ test: setup servers ## run every test, and of the exactness grid a pairwise cove
 exactness: setup ## every family, pass, KV strategy, placement and batch size against plain transformers
 	$(PY) -m pytest -n 2 --dist loadgroup -m "" tests/exactness
 
+test-gpu: ## run what needs a CUDA device; asks for torch, transformers, safetensors, accelerate and pytest alone
+	@$(GPU_PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('No CUDA device that torch can use: nothing was tested.')"
+	$(GPU_PY) -m pytest -c tests/gpu/pytest.ini tests/gpu
+
 lint: setup ## ruff, mypy --strict and the import contracts
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -48,8 +54,11 @@ bench-dispatch: setup servers ## how fast plans reach workers, and how fast a lo
 bench-estimates: setup ## how near the estimates of memory and time are to five models' real attempts
 	@$(PY) bench/estimates.py --json
 
-bench-engine: setup ## the engine beside accelerate, with a model that is read from disk
+bench-engine: setup ## the engine beside accelerate and transformers, streamed and in memory
 	@$(PY) -m bench.engine --json
+
+bench-gpu: ## copies, streaming, a whole job and memory on a CUDA device; asks for no more than test-gpu
+	@$(GPU_PY) -m bench.gpu --json
 
 clean: ## remove .venv and every cache
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

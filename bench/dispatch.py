@@ -6,8 +6,6 @@ that what is measured is the dispatch and not a model. Prints figures and judges
 
 import argparse
 import json
-import os
-import platform
 import random
 import sys
 import tempfile
@@ -21,6 +19,7 @@ from typing import Any
 
 import sqlalchemy
 
+from bench.hardware import hardware
 from ollm_service.store.database import upgrade
 from tests.e2e.fleet import SCRIPTED, Fleet
 from tests.e2e.scripted_jobs import MODEL, rows_of
@@ -172,21 +171,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "runner_kill": recovery(bench, redis.url, lambda fleet, node: fleet.workers[node].kill_any_runner()),
         }
     return figures
-
-
-def hardware() -> dict[str, Any]:
-    """What the figures were measured on."""
-    models = [line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-    }
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def _rounded(value: Any) -> Any:

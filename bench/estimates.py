@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import os
-import random
 import statistics
 import sys
 import tempfile
@@ -26,9 +25,9 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 
-from bench.dispatch import hardware
+from bench.hardware import hardware
+from bench.texts import make_tokenizer, words
 from ollm_service.core.capabilities import Capabilities, Device
 from ollm_service.core.leasing import WorkRow
 from ollm_service.core.options import GenerationConfig, KVCacheStrategy, RuntimeConfig
@@ -47,7 +46,6 @@ from workers.supervisor import Died, RunnerProcess, Spawner
 
 MIB = 1024**2
 PATIENCE = 600.0
-FIRST, SECOND, THIRD = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz", "0123456789!#$%&()*+,-./:;<=>?@^_~"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,26 +104,6 @@ MODELS: Mapping[str, Callable[[int], Any]] = {
     "phi3": lambda size: transformers.Phi3Config(vocab_size=size, **_TEXT),
 }
 USUAL_MODELS = ("llama", "qwen3-moe", "gpt-oss", "gemma3", "qwen3-next")
-
-
-def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Byte pairs, as in most models, of which every word of a capital, a letter and a sign is one token."""
-    characters = [*FIRST, *SECOND, *THIRD]
-    pairs = [(one, two) for one in FIRST for two in SECOND]
-    triples = [(one + two, three) for one, two in pairs for three in THIRD]
-    tokens = ["<pad>", "<unk>", *characters, *(one + two for one, two in (*pairs, *triples))]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[*pairs, *triples], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers does not annotate it
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=8192
-    )
-
-
-def words(count: int, seed: int) -> str:
-    """A text of so many tokens, from all over the vocabulary: weights that nobody has touched do not count as memory."""
-    chance = random.Random(seed)
-    return " ".join(chance.choice(FIRST) + chance.choice(SECOND) + chance.choice(THIRD) for _ in range(count))
 
 
 def make_model(name: str, folder: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import psutil
 
-from bench.dispatch import hardware
+from bench.hardware import hardware
 from ollm_service.core.capabilities import CacheDisk, Capabilities, Device, LiveState
 from ollm_service.core.matching import match_fleet
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig

@@ -16,16 +16,16 @@ DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo" / "models" / "sum-c
 
 
 @torch.no_grad()
-def deepen(folder: Path, *, layers: int = 12, width: int = 16_384, seed: int = 20) -> Path:
-    """Save the demo model with so many layers, each with so wide a feed-forward part, in `folder`.
+def deepen(folder: Path, *, layers: int = 12, width: int = 16_384, seed: int = 20, source_folder: Path = DEMO_MODEL) -> Path:
+    """Save the demo model, or another Llama, with so many layers, each with so wide a feed-forward part, in `folder`.
 
-    Raises ValueError for fewer or narrower layers than the demo model has.
+    Raises ValueError for fewer or narrower layers than that model has.
     """
-    source = LlamaForCausalLM.from_pretrained(DEMO_MODEL)
-    config: Any = LlamaConfig.from_pretrained(DEMO_MODEL)
+    source = LlamaForCausalLM.from_pretrained(source_folder)
+    config: Any = LlamaConfig.from_pretrained(source_folder)
     own, own_width = config.num_hidden_layers, config.intermediate_size
     if layers < own or width < own_width:
-        raise ValueError(f"the demo model has {own} layers of width {own_width} itself")
+        raise ValueError(f"the model in {source_folder} has {own} layers of width {own_width} itself")
     config.num_hidden_layers, config.intermediate_size = layers, width
     torch.manual_seed(seed)
     target = LlamaForCausalLM(config)
@@ -42,7 +42,7 @@ def deepen(folder: Path, *, layers: int = 12, width: int = 16_384, seed: int = 2
     target.model.norm.weight.copy_(source.model.norm.weight)
     target.generation_config = source.generation_config
     target.save_pretrained(folder)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source_folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -5,25 +5,21 @@ is lost. While the database is away, finished results wait here, and are recorde
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
-from ollm_service.core.adapters import Adapter
 from ollm_service.core.capabilities import Capabilities, LiveState
 from ollm_service.core.checkpoint import BrokenCheckpoint
 from ollm_service.core.errors import DatabaseUnavailable
-from ollm_service.core.estimates import draft_bytes
 from ollm_service.core.finalization import CannotFallBack, fall_back, finalize
 from ollm_service.core.leasing import Assignment, AttemptReport, LeaseLost, RowResult, WorkRow
-from ollm_service.core.options import RuntimeConfig
 from ollm_service.core.passes import PassOutcome, describe
 from ollm_service.core.placement import Placement, RowBounds, Unplaceable, place
 from ollm_service.core.plan import PassId, RuntimePlan
 from ollm_service.core.profile import ModelProfile
-from ollm_service.core.reference import inner_path
 from ollm_service.core.requirements import demanded_passes
 from ollm_service.core.retry import Failure
 from ollm_service.core.row_size import most_prompt_tokens, most_tokens, prompt_bytes
@@ -41,8 +37,8 @@ from ollm_service.core.wire import (
     Stopped,
     to_json,
 )
-from ollm_service.inspection import inspect_adapter
 from ollm_service.store.leases import Leases
+from workers.companions import Companions, companions_here
 from workers.lease import Lease
 from workers.slots import Slot
 from workers.supervisor import Died
@@ -107,8 +103,7 @@ class Attempt:
         self._around = surroundings
         self._plan: RuntimePlan = assignment.runtime_plan
         self._placement: Placement | None = None
-        self._adapter: Adapter | None = None
-        self._draft: ModelProfile | None = None
+        self._companions = Companions(models_dir=surroundings.models_dir)
         self._too_long: Unplaceable | None = None  # why rows longer than the placement holds have no room here
         self._ending: Ending | None = None
         self._stopping: tuple[Stopping, float] | None = None
@@ -136,16 +131,13 @@ class Attempt:
             if profile is None:
                 return self._decline("the model is not in this worker's models folder any more")
             try:
-                self._adapter = adapter_here(self._around.models_dir, self._assignment.config)
+                here, models = self._around.models_dir, self._around.capabilities().models
+                self._companions = companions_here(here, models, self._assignment.config)
             except FileNotFoundError as absent:
-                return self._decline(f"the adapter {absent}")
+                return self._decline(str(absent))
             except BrokenCheckpoint as broken:
                 self._fail("adapter_refused", f"The adapter {self._assignment.config.adapter_dir} cannot be used: {broken}.")
                 return self._ending or Ending.LOST
-            self._draft = self._draft_here()
-            named = self._assignment.config.draft_model
-            if self._draft is None and named is not None:
-                return self._decline(f"the draft model {named} is not in this worker's models folder")
             if self._order(profile) and self._started():
                 while self._ending is None:
                     message = self._slot.runner.receive(timeout=TICK_SECONDS)
@@ -161,12 +153,6 @@ class Attempt:
         """The model as this worker has it: the same digest, perhaps under another name."""
         return self._around.capabilities().model(self._assignment.profile.digest)
 
-    def _draft_here(self) -> ModelProfile | None:
-        """The model that is to guess tokens, as this worker has it."""
-        named = self._assignment.config.draft_model
-        models = self._around.capabilities().models
-        return next((model for model in models if named is not None and str(model.path) == str(PurePosixPath(named))), None)
-
     def _order(self, profile: ModelProfile) -> bool:
         """Place the plan and hand it to the runner; False where it was declined."""
         work = self._assignment
@@ -179,7 +165,7 @@ class Attempt:
             work.config,
             work.requirements,
             self._around.capabilities(),
-            self._live(lengths),
+            self._companions.beside(self._around.live(self._slot), lengths),
             RowBounds(
                 longest=max(lengths, default=1),
                 longest_prompt=max((most_prompt_tokens(request_of(row), of_image) for row in missing), default=1),
@@ -196,19 +182,9 @@ class Attempt:
         longest = min(max(lengths, default=1), profile.most_row_tokens or max(lengths, default=1))
         is_partial = placed.longest_row_tokens is not None and placed.longest_row_tokens < longest
         self._too_long = Unplaceable(refused=placed.refused) if is_partial else None
-        self._slot.reserve(placed.device_id, placed.process_bytes + self._beside(placed.device_id, lengths))
+        beside = self._companions.device_bytes(placed.device_id, lengths)
+        self._slot.reserve(placed.device_id, placed.process_bytes + beside)
         return self._hand_over(profile, placed)
-
-    def _live(self, lengths: Sequence[int]) -> LiveState:
-        """What is free, less what a draft model takes."""
-        live = self._around.live(self._slot)
-        free = {device: size - self._beside(device, lengths) for device, size in live.device_free_bytes.items()}
-        return replace(live, device_free_bytes=free)
-
-    def _beside(self, device_id: str, lengths: Sequence[int]) -> int:
-        if self._draft is None:
-            return 0
-        return draft_bytes(self._draft, device_id.partition(":")[0], rows=len(lengths), tokens=max(lengths, default=1))
 
     def _hand_over(self, profile: ModelProfile, placement: Placement) -> bool:
         work, folder = self._assignment, self._slot.cache_folder
@@ -233,9 +209,9 @@ class Attempt:
                 placement=placement,
                 rows=missing,
                 suspects=work.lone_crashes,
-                adapter=self._adapter,
-                draft_dir=None if self._draft is None else str((self._around.models_dir / self._draft.path).absolute()),
-                draft_digest=None if self._draft is None else self._draft.digest,
+                adapter=self._companions.adapter,
+                draft_dir=self._companions.draft_dir,
+                draft_digest=self._companions.draft_digest,
             )
         )
         return True
@@ -488,13 +464,6 @@ class Attempt:
             return {}
         chosen = {"device": placement.device_id, "placement_tier": placement.tier, "micro_batch": str(placement.micro_batch)}
         return {**placement.kv_details, **chosen}
-
-
-def adapter_here(models_dir: Path, config: RuntimeConfig) -> Adapter | None:
-    """The adapter that the options name, as this worker has it. Raises FileNotFoundError and BrokenCheckpoint."""
-    if config.adapter_dir is None:
-        return None
-    return inspect_adapter(models_dir, PurePosixPath(inner_path(config.adapter_dir, raw=config.adapter_dir, param="adapter_dir")))
 
 
 def request_of(row: WorkRow) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ollm_service.core.capabilities import Device
 from ollm_service.core.options import KVCacheStrategy
+from ollm_service.core.packing import PACKED_MODELS
 from ollm_service.core.profile import ModelProfile
 
 # What a whole model reaches of a device's speed. The CPU's probe multiplies matrices as a model does, but reads what lies in its
@@ -18,9 +19,11 @@ from ollm_service.core.profile import ModelProfile
 # accelerator's rates, which may be its data sheet's, models are said to reach about so much.
 ARITHMETIC_EFFICIENCY: Mapping[str, float] = MappingProxyType({"cpu": 0.75, "cuda": 0.5, "mps": 0.5})
 MEMORY_EFFICIENCY: Mapping[str, float] = MappingProxyType({"cpu": 0.12, "cuda": 0.6, "mps": 0.6})
-# How often a pass goes over a KV cache in memory. It is read, written anew with one token more, and read by attention; where its
-# tensors have mappings of their own (`give_back_what_is_freed`) new pages come on top.
+# How often a pass goes over a KV cache in memory. In packs attention reads it, in more places than a bandwidth counts. Side by
+# side it is read, written anew with one token more, and read by attention; where its tensors have mappings of their own
+# (`give_back_what_is_freed`) new pages come on top.
 KV_TRAFFIC: Mapping[str, int] = MappingProxyType({"cpu": 4, "cuda": 3, "mps": 3})
+PACKED_KV_TRAFFIC: Mapping[str, int] = MappingProxyType({"cpu": 2, "cuda": 2, "mps": 2})
 # What Python and starting operations take, whatever the device: for a layer, for its experts, for a pass around the layers;
 # for a row's text to tokens and back; for a plan from its claim to its record; for a model's modules before its weights are read.
 # Measured on a CPU with models of the smallest width.
@@ -155,13 +158,14 @@ def probed_rate(profile: ModelProfile, device: Device, run: Run, *, disk_rate: f
     dense = max(0, _layer_bytes(profile) - profile.expert_bytes)
     head = profile.head_bytes or profile.embedding_bytes
     rows = run.rows
+    traffic = PACKED_KV_TRAFFIC if profile.model_type in PACKED_MODELS else KV_TRAFFIC
     met = 1 - (1 - routed) ** rows
     in_files = 0 if run.kv is KVCacheStrategy.RESIDENT else profile.kv_bytes_per_token
     prompt_seconds = 2 * (dense + profile.expert_bytes * routed) / element / arithmetic + in_files * disk_seconds
     pass_seconds = (
         (dense + profile.expert_bytes * met + head) / memory_rate
         + rows * 2 * (dense + profile.expert_bytes * routed + head) / element / arithmetic
-        + rows * (profile.kv_bytes(run.tokens) * KV_TRAFFIC[kind] / memory_rate + run.tokens * in_files * disk_seconds)
+        + rows * (profile.kv_bytes(run.tokens) * traffic[kind] / memory_rate + run.tokens * in_files * disk_seconds)
         + profile.layer_count * (LAYER_SECONDS + EXPERTS_SECONDS * (profile.expert_count > 0))
         + rows * profile.vocabulary_size * SORT_SECONDS * run.is_sampled
         + PASS_SECONDS

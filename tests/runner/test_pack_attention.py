@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from workers.runner.kv.cache import PackCache
 from workers.runner.kv.resident import ResidentLayer
+from workers.runner.packed import attention
 from workers.runner.packed.attention import Rule, attend_in_pack
 from workers.runner.packed.pack import Pack, TokenSequence
 
@@ -114,3 +115,15 @@ def test_each_sequence_sees_its_own_history(
     found = through_packs(texts, chance, block, Rule(scale=0.3, window=window, cap=cap, sinks_A=sinks))
     for number, expected in enumerate(wanted):
         assert torch.allclose(found[number], expected, atol=2e-5), f"text {number}"
+
+
+@pytest.mark.parametrize("window", [None, 200])
+def test_torchs_kernel_sees_what_all_scores_see(window: int | None) -> None:
+    """Of many queries behind all keys the same averages and weights; none of it where a window hides some keys."""
+    query, key, value = (torch.randn(heads, tokens, WIDTH) for heads, tokens in ((HEADS, 50), (KEY_HEADS, 60), (KEY_HEADS, 60)))
+    rule, positions = Rule(scale=0.3, window=window), torch.arange(100, 150)
+    assert attention.can_flash(query, value, rule, positions, 0)
+    assert not attention.can_flash(query, value, Rule(scale=0.3, window=149), positions, 0)
+    ours, plain = attention.flash(query, key, value, rule), attention.scored(query, key, value, rule, positions, 0)
+    torch.testing.assert_close(ours.average_ALE, plain.average_ALE, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.weight_AL, plain.weight_AL, atol=1e-5, rtol=1e-5)

@@ -1,5 +1,6 @@
 """Do rows that share passes, beginnings and guesses get the tokens that each gets alone? Float32 throughout."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from ollm_service.core.options import KVCacheStrategy
 from ollm_service.core.packing import PACKED_MODELS
 from ollm_service.core.plan import PassId
-from ollm_service.core.wire import AttemptFailed, BatchStarted, Finished
+from ollm_service.core.wire import AttemptFailed, BatchStarted, Finished, Message
 from scripts.train_demo_model import make_tokenizer
 from tests.runner.commands import answers, make_command, of_kind, only, results_of, run, texts, work_row
 from tests.runner.forcing import packed_logits, plain_logits
 from tests.runner.models import plain_greedy, save_model
 from tests.runner.test_exactness import PROMPTS, some_text
+from workers.runner.attempt import Attempt
+from workers.runner.backends import generic
 from workers.runner.engine import Engine
+from workers.runner.interruptions import StopRequested
+from workers.runner.passes.specialization import AppliedPasses
+from workers.runner.progress import Pulse
 
 SHARED = some_text(70, seed=5)
 ALIKE = [SHARED + some_text(length, seed=length) for length in (3, 40, 1, 90)]
@@ -129,6 +135,17 @@ def test_guesses_save_passes_and_change_no_token(engine: Engine, llama: Path, tm
     assert only(messages, Finished).measured["tried_tokens"] > 0
 
 
+def test_an_engine_that_tries_nothing_takes_a_pass_for_each_token(llama: Path, tmp_path: Path) -> None:
+    """The same answers, with as many passes as tokens."""
+    folder = repeating(llama, tmp_path / "repeats")
+    row = work_row(0, "abcabcabcabc", max_new_tokens=40)
+    command = make_command(folder, [row], passes=(PassId.CPU_OFFLOAD,), cache_dir=tmp_path / "cache", disk_layers=(0, 1))
+    messages = run(Engine(tries_ahead=False), command)
+    assert {result.text for result in results_of(messages).values()} == {plain_greedy(folder, str(row.prompt), 40)}
+    measured = only(messages, Finished).measured
+    assert (measured["passes"], measured["tried_tokens"]) == (40, 0)
+
+
 def repeating(source: Path, folder: Path) -> Path:
     """A llama whose layers add nothing and whose head turns each token into the next of a cycle of five."""
     model: Any = AutoModelForCausalLM.from_pretrained(source)
@@ -205,3 +222,23 @@ def test_a_draft_of_another_tokenizer_is_refused(engine: Engine, llama: Path, tm
     failure = only(messages, AttemptFailed)
     assert (failure.code, failure.is_permanent) == ("draft_tokenizer_differs", True)
     assert "Name one of the same" in failure.message
+
+
+def test_a_stop_is_obeyed_between_two_blocks(llama: Path) -> None:
+    """A long prompt does not hold up the end: a stop that comes while a layer is at work acts before its next block."""
+    stop, messages = threading.Event(), list[Message]()
+    model = generic.load(make_command(llama, []), lambda: None)
+    calls: list[int] = []
+
+    def stop_at_the_second(_module: Any, arguments: Any) -> None:
+        calls.append(arguments[0].shape[1])
+        if len(calls) == 2:
+            stop.set()
+
+    model.layers()[0].get_submodule("mlp").register_forward_pre_hook(stop_at_the_second)
+    command = make_command(llama, [work_row(index, "abcdefgh"[index] * 900, max_new_tokens=2) for index in range(8)])
+    attempt = Attempt(command, messages.append, Pulse(messages.append, stop))
+    with pytest.raises(StopRequested):
+        attempt.run(model, AppliedPasses(()))
+    assert calls == [1024, 1024], "of seven blocks"
+    assert "forward" not in model.layers()[0].__dict__, "the layer is as it was"

@@ -70,7 +70,9 @@ def test_every_row_comes_once(
         taken = waiting.take(most_rows, most_tokens, others_run=False)
         assert 1 <= len(taken) <= most_rows
         if len(taken) > 1:
-            assert sum(one.new_tokens for one in taken) <= most_tokens
+            begun = {one.beginning for one in taken if one.beginning is not None}
+            own = sum(len(one.row.tokens) - len(one.beginning.tokens if one.beginning else ()) for one in taken)
+            assert own + sum(len(beginning.tokens) for beginning in begun) <= most_tokens
         if any(one.row.row in suspects for one in taken):
             assert len(taken) == 1
             assert all(one.row.row in suspects or one in came for one in taken)
@@ -88,6 +90,12 @@ def test_long_prompts_join_one_at_a_time_and_suspects_wait_to_be_alone() -> None
     assert waiting.take(4, 20, others_run=True) == []
     assert [one.row.row for one in waiting.take(4, 20, others_run=False)] == [2]
     assert not waiting
+
+
+def test_a_beginning_counts_once_in_a_pass() -> None:
+    """Ten rows of 102 tokens, of which 100 are common, are 120 tokens: they all come at once."""
+    waiting = WaitingRows(encoded(number, (*range(100), 200 + number, 300)) for number in range(10))
+    assert len(waiting.take(16, 120, others_run=False)) == 10
 
 
 def test_rows_that_were_put_back_come_first_again() -> None:

@@ -29,14 +29,22 @@ class Attempt:
     """One Execute, from the loaded model to its last row."""
 
     def __init__(
-        self, command: Execute, report: Report, pulse: Pulse, bare_host_bytes: int = 0, report_seconds: float = REPORT_SECONDS
+        self,
+        command: Execute,
+        report: Report,
+        pulse: Pulse,
+        bare_host_bytes: int = 0,
+        report_seconds: float = REPORT_SECONDS,
+        *,
+        tries_ahead: bool = True,
     ) -> None:
-        """Answers are reported at most so often, all that there are."""
+        """Answers are reported at most so often, all that there are. Without `tries_ahead` rows in packs get one token a pass."""
         self.command = command
         self.report = report
         self.pulse = pulse
         self.measurements = Measurements(bare_host_bytes)
         self._report_seconds = report_seconds
+        self._tries_ahead = tries_ahead
         self._has_reported_rows = False
         self._outcomes: dict[PassId, PassOutcome] = {}
 
@@ -49,7 +57,7 @@ class Attempt:
             if refused:
                 self._report_results(refused, passes.outcomes(has_run=False), passes)
             return Finished(measured=self._measured(passes))
-        loop = loop_for(model, self.command.runtime_plan.backend_id)(
+        loop = loop_for(model, self.command.runtime_plan.backend_id, tries_ahead=self._tries_ahead)(
             model,
             runnable,
             most_rows=self.command.placement.micro_batch,

@@ -28,12 +28,20 @@ PassSource = Callable[[LoadedModel, Execute], Sequence[SpecializationPass]]
 class Engine:
     """Holds the warm model and carries out one plan at a time.
 
-    `planned_passes` gives the passes that a plan names; answers are reported every `report_seconds` at most.
+    `planned_passes` gives the passes that a plan names; answers are reported every `report_seconds` at most. Without
+    `tries_ahead` rows in packs get one token a pass.
     """
 
-    def __init__(self, planned_passes: PassSource = native.planned_passes, report_seconds: float = REPORT_SECONDS) -> None:
+    def __init__(
+        self,
+        planned_passes: PassSource = native.planned_passes,
+        report_seconds: float = REPORT_SECONDS,
+        *,
+        tries_ahead: bool = True,
+    ) -> None:
         self._planned_passes = planned_passes
         self._report_seconds = report_seconds
+        self._tries_ahead = tries_ahead
         self._model: LoadedModel | None = None
         self._passes = AppliedPasses(())
         self._bare_host_bytes = 0
@@ -44,7 +52,9 @@ class Engine:
         Raises whatever else goes wrong; the passes are undone in any case.
         """
         self._bare_host_bytes = self._bare_host_bytes or host_bytes()  # the first plan finds a process without a model
-        attempt = Attempt(command, report, Pulse(report, stop), self._bare_host_bytes, self._report_seconds)
+        attempt = Attempt(
+            command, report, Pulse(report, stop), self._bare_host_bytes, self._report_seconds, tries_ahead=self._tries_ahead
+        )
         try:
             last = self._carry_out(attempt)
         finally:

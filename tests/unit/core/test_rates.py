@@ -17,6 +17,7 @@ from ollm_service.core.rates import (
     LOAD_SECONDS,
     MEMORY_EFFICIENCY,
     MOST_SPREAD,
+    PACKED_KV_TRAFFIC,
     PASS_SECONDS,
     PLAN_SECONDS,
     SORT_SECONDS,
@@ -163,7 +164,10 @@ def test_a_pass_goes_over_the_kv_cache() -> None:
     kept = rows * tokens * 1_000
     empty, resident = probed(rows=rows, disk_rate=disk), probed(rows=rows, disk_rate=disk, tokens=tokens)
     paged = probed(rows=rows, disk_rate=disk, tokens=tokens, kv=KVCacheStrategy.PAGED)
-    assert resident.pass_seconds - empty.pass_seconds == pytest.approx(kept * KV_TRAFFIC["cpu"] / READ)
+    assert resident.pass_seconds - empty.pass_seconds == pytest.approx(kept * PACKED_KV_TRAFFIC["cpu"] / READ)
+    padded = replace(MODEL, model_type="bloom")
+    gone_over = probed(padded, rows=rows, tokens=tokens).pass_seconds - probed(padded, rows=rows).pass_seconds
+    assert gone_over == pytest.approx(kept * KV_TRAFFIC["cpu"] / READ)
     assert paged.pass_seconds - resident.pass_seconds == pytest.approx(kept / disk)
     assert 1 / paged.prefill - 1 / resident.prefill == pytest.approx(1_000 / disk)
 

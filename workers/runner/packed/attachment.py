@@ -23,12 +23,22 @@ from workers.runner.packed.pack import Block, Pack
 
 
 class PackedModel:
-    """A model on a device that is attached to packs, which its layers compute in blocks of so many tokens."""
+    """A model on a device that is attached to packs, which its layers compute in blocks of so many tokens.
 
-    def __init__(self, module: PreTrainedModel, device: torch.device, block_tokens: int = BLOCK_TOKENS) -> None:
+    `visit` is called between two blocks.
+    """
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        device: torch.device,
+        block_tokens: int = BLOCK_TOKENS,
+        visit: Callable[[], None] = lambda: None,
+    ) -> None:
         self._module = module
         self._device = device
         self._block_tokens = block_tokens
+        self._visit = visit
         self._running: _Running | None = None
 
     @contextmanager
@@ -36,21 +46,21 @@ class PackedModel:
         """Run in packs as long as this lasts; then the model is as it was."""
         config: Any = self._module.config.get_text_config(decoder=True)
         before = config._attn_implementation
-        changed: list[nn.Module] = []
+        changed: list[tuple[nn.Module, Any]] = []
         try:
             config._attn_implementation = attention.NAME
             for layer in layers:
-                changed.append(layer)
+                changed.append((layer, layer.__dict__.get("forward")))
                 _set_forward(layer, self._in_blocks(layer.forward))
             for child in self._module.modules():
                 if hasattr(child, "in_proj_qkvz"):
-                    changed.append(child)
+                    changed.append((child, child.__dict__.get("forward")))
                     _set_forward(child, in_pack(child.forward, child))
             yield
         finally:
             config._attn_implementation = before
-            for module in changed:
-                module.__dict__.pop("forward", None)
+            for module, forward in changed:
+                _set_forward(module, forward)
 
     def logits(self, pack: Pack, cache: PackCache, features: Mapping[str, Tensor] | None = None) -> Tensor:
         """Logits [M, V] of the wanted places. Raises OSError, StopRequested, and whatever a model raises.
@@ -86,6 +96,7 @@ class PackedModel:
                 return forward(hidden, *arguments, **options)
             output, is_tuple = torch.empty_like(hidden), False
             for block in running.blocks:
+                self._visit()
                 running.cache.block = block
                 found = forward(*_part((hidden, *arguments), block, hidden.shape[1]), **_part(options, block, hidden.shape[1]))
                 is_tuple = isinstance(found, tuple)
@@ -103,9 +114,12 @@ class _Running:
         self.cache = cache
 
 
-def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Have the instance's forward be this one. Its hooks stay around it."""
-    module.__dict__["forward"] = forward
+def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Have the instance's forward be this one, None: its class's. Its hooks stay around it."""
+    if forward is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = forward
 
 
 def _part(value: Any, block: Block, tokens: int) -> Any:

@@ -27,6 +27,8 @@ from workers.runner.packed.pack import Segment, by_parent
 NAME = "ollm-packed"
 # So few queries are laid out beside each other for each key head, which spares repeating the keys.
 _FEW_QUERIES = 32
+# Torch's fused attention on the CPU, which `scaled_dot_product_attention` calls, also tells each query's weight. None: not there.
+_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +106,11 @@ def _attend_to_parents(query_AND: Tensor, segments: Sequence[Segment], layer: Hi
         keys_HTD, values_HTE, first = layer.history(parent)
         queries = torch.cat([query_AND[:, one.begin : one.end] for one in children], dim=1)
         positions = torch.cat([torch.arange(one.first_position, one.first_position + one.length) for one in children])
-        part = scored(queries, keys_HTD, values_HTE, rule, positions, parent.first_position + first)
+        earliest = parent.first_position + first
+        if can_flash(queries, values_HTE, rule, positions, earliest):
+            part = flash(queries, keys_HTD, values_HTE, rule)
+        else:
+            part = scored(queries, keys_HTD, values_HTE, rule, positions, earliest)
         lengths = [one.length for one in children]
         averages, weights = torch.split(part.average_ALE, lengths, dim=1), torch.split(part.weight_AL, lengths, dim=1)
         for one, average_ALE, weight_AL in zip(children, averages, weights, strict=True):
@@ -152,7 +158,7 @@ def fused(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, p
             for start, end, last in zip(starts, ends, seen, strict=True)
         ]
         return torch.cat(pieces, dim=1)
-    mask_LT = visible(torch.arange(position, position + length), first, tokens, window).to(query_ALD.device)
+    mask_LT = visible(torch.arange(position, position + length, device=query_ALD.device), first, tokens, window)
     return _masked(query_ALD, keys_HTD, values_HTE, mask_LT, rule.scale)
 
 
@@ -172,10 +178,10 @@ def _masked(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, mask_LT: Te
 def seeing_ahead(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, spans: Sequence[tuple[int, int]]) -> Tensor:
     """Attention inside a whole prompt, of which the tokens of a span see each other, too, as far as the window reaches."""
     tokens = keys_HTD.shape[1]
-    group_T = torch.full((tokens,), -1)
+    group_T = torch.full((tokens,), -1, device=query_ALD.device)
     for number, (begin, end) in enumerate(spans):
         group_T[begin:end] = number
-    place_T = torch.arange(tokens)
+    place_T = torch.arange(tokens, device=query_ALD.device)
     rows = max(1, MOST_CELLS // tokens)
     pieces = []
     for start in range(0, tokens, rows):
@@ -183,19 +189,21 @@ def seeing_ahead(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: 
         mask_LT = (place_L >= place_T) | ((group_L == group_T) & (group_L >= 0))
         if rule.window is not None:
             mask_LT &= place_L - place_T < rule.window
-        mask_LT = mask_LT.to(query_ALD.device)
         pieces.append(_masked(query_ALD[:, start : start + rows], keys_HTD, values_HTE, mask_LT, rule.scale))
     return torch.cat(pieces, dim=1)
 
 
 def visible(positions_L: Tensor, first: int, tokens: int, window: int | None) -> Tensor:
-    """Which of the keys at positions `first`, `first` + 1, … each query sees: [L, T]."""
-    back_LT = positions_L.unsqueeze(-1) - torch.arange(first, first + tokens)
+    """Which of the keys at positions `first`, `first` + 1, … each query sees: [L, T], made where the positions are."""
+    back_LT = positions_L.unsqueeze(-1) - torch.arange(first, first + tokens, device=positions_L.device)
     return back_LT >= 0 if window is None else (back_LT >= 0) & (back_LT < window)
 
 
 def scored(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, positions_L: Tensor, first: int) -> Part:
-    """The queries' part from these keys."""
+    """The queries' part from these keys.
+
+    `positions_L` are on the CPU, so that no device has to be waited for to see whether a mask is needed.
+    """
     heads, length, _ = query_ALD.shape
     rows = max(1, rule.most_cells // (heads * keys_HTD.shape[1]))
     pieces = [
@@ -221,13 +229,33 @@ def _scored_piece(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule:
     is_ahead = first + tokens - 1 > int(positions_L.min())
     is_behind = rule.window is not None and int(positions_L.max()) - first >= rule.window
     if is_ahead or is_behind:
-        mask_LT = visible(positions_L, first, tokens, rule.window).to(scores_HRT.device)
+        mask_LT = visible(positions_L.to(scores_HRT.device, non_blocking=True), first, tokens, rule.window)
         scores_HRT.view(heads, length, tokens).masked_fill_(~mask_LT, -torch.inf)
     weight_HR = scores_HRT.logsumexp(dim=-1)
     # A query that sees none of the keys has no average of them; its weight of zero leaves it out.
     shares_HRT = scores_HRT.sub_(weight_HR.clamp(min=torch.finfo(torch.float32).min).unsqueeze(-1)).exp_()
     average_HRE = shares_HRT.to(values_HTE.dtype) @ values_HTE
     return Part(average_ALE=average_HRE.reshape(heads, length, -1), weight_AL=weight_HR.reshape(heads, length))
+
+
+def can_flash(query_ALD: Tensor, values_HTE: Tensor, rule: Rule, positions_L: Tensor, first: int) -> bool:
+    """Whether `flash` computes what these queries see of keys that are all behind them, the oldest at position `first`.
+
+    It needs no scores in memory. For few queries it is no faster.
+    """
+    if _FLASH is None or query_ALD.device.type != "cpu" or query_ALD.shape[1] <= _FEW_QUERIES:
+        return False
+    sees_all = rule.window is None or int(positions_L.max()) - first < rule.window
+    return sees_all and rule.cap is None and query_ALD.shape[-1] == values_HTE.shape[-1]
+
+
+def flash(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule) -> Part:
+    """The part of queries that see all of these keys, on the CPU. Heads that share keys are queries of one head."""
+    assert _FLASH is not None
+    heads, length, width = query_ALD.shape
+    query_HRD = query_ALD.reshape(len(keys_HTD), -1, width)
+    average_1HRE, weight_1HR = _FLASH(query_HRD.unsqueeze(0), keys_HTD.unsqueeze(0), values_HTE.unsqueeze(0), scale=rule.scale)
+    return Part(average_ALE=average_1HRE[0].reshape(heads, length, -1), weight_AL=weight_1HR[0].reshape(heads, length))
 
 
 def combined(parts: Sequence[Part], sinks_A: Tensor | None) -> Tensor:

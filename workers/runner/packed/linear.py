@@ -25,7 +25,7 @@ def in_pack(forward: Callable[..., Tensor], module: nn.Module) -> Callable[..., 
         layer = cache_params.state_layer(number)
         output_1NC = torch.empty_like(hidden_states)
         for together in _groups(cache_params.block.segments, layer):
-            places = torch.cat([torch.arange(one.begin, one.end) for one in together]).to(hidden_states.device)
+            places = _places(together, hidden_states.device)
             given_BLC = hidden_states[0, places].view(len(together), -1, hidden_states.shape[-1])
             states = layer.side_by_side([(one.sequence, one.sequence.parent) for one in together], number)
             found_BLC = forward(given_BLC, cache_params=states, attention_mask=None)
@@ -34,6 +34,13 @@ def in_pack(forward: Callable[..., Tensor], module: nn.Module) -> Callable[..., 
         return output_1NC
 
     return run
+
+
+def _places(together: Sequence[Segment], device: torch.device) -> slice | Tensor:
+    """Where they are: of one segment without an index on the device, of several, which have one token each, with one."""
+    if len(together) == 1:
+        return slice(together[0].begin, together[0].end)
+    return torch.tensor([one.begin for one in together]).to(device, non_blocking=True)
 
 
 def _groups(segments: Sequence[Segment], layer: StateLayer) -> Iterator[list[Segment]]:

@@ -81,7 +81,10 @@ class RunningRow:
 
 
 class PackedLoop:
-    """The rows of one attempt. `started` is told which rows run, each time that some have joined."""
+    """The rows of one attempt. `started` is told which rows run, each time that some have joined.
+
+    Without `tries_ahead` every row gets one token a pass: the answers are the same, and what guesses gain can be measured.
+    """
 
     def __init__(
         self,
@@ -93,6 +96,7 @@ class PackedLoop:
         pulse: Pulse,
         measurements: Measurements,
         started: Callable[[tuple[int, ...]], None],
+        tries_ahead: bool = True,
     ) -> None:
         self._model = model
         self._rows = rows
@@ -101,12 +105,12 @@ class PackedLoop:
         self._pulse = pulse
         self._measurements = measurements
         self._started = started
-        self._packed = PackedModel(model.module, model.device)
+        self._packed = PackedModel(model.module, model.device, visit=pulse)
         vocabulary = model.module.config.get_text_config(decoder=True).vocab_size
         self._guesses = Guesses(None if model.draft is None else DraftModel(model.draft, model.device), vocabulary)
+        self._tries_ahead, self._is_trying = tries_ahead, False
         self._waiting = WaitingRows(())
         self._running: list[RunningRow] = []
-        self._may_try, self._is_trying = True, False
 
     @property
     def in_flight(self) -> tuple[int, ...]:
@@ -127,7 +131,7 @@ class PackedLoop:
     def _admit(self, cache: PackCache) -> None:
         taken = self._waiting.take(self._most_rows - len(self._running), MOST_PACK_TOKENS, others_run=bool(self._running))
         if taken:
-            self._running += [self._begun(waiting, may_try=self._may_try and cache.can_go_back) for waiting in taken]
+            self._running += [self._begun(waiting, may_try=self._tries_ahead and cache.can_go_back) for waiting in taken]
             self._started(self.in_flight)
 
     def _begun(self, waiting: WaitingRow, *, may_try: bool) -> RunningRow:
@@ -272,7 +276,7 @@ class PackedLoop:
             self._forget(stopped[0], cache)
             return [out_of_memory(stopped[0].answer.row)]
         self._measurements.halvings += 1
-        self._may_try = False
+        self._tries_ahead = False
         self._most_rows = max(1, len(stopped) // 2)
         self._waiting.put_back(row.waiting for row in stopped)
         return []

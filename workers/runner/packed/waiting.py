@@ -38,10 +38,9 @@ class WaitingRow:
         self.row = row
         self.beginning = beginning
 
-    @property
-    def new_tokens(self) -> int:
-        """How many of the prompt's tokens a pass would have to compute now."""
-        if self.beginning is None or self.beginning.sequence is None:
+    def new_tokens(self, beginnings: Collection[Beginning] = ()) -> int:
+        """How many of the prompt's tokens a pass would have to compute now that computes these beginnings anyway."""
+        if self.beginning is None or (self.beginning.sequence is None and self.beginning not in beginnings):
             return len(self.row.tokens)
         return len(self.row.tokens) - len(self.beginning.tokens)
 
@@ -73,12 +72,16 @@ class WaitingRows:
         if not self._rows and self._suspects and not others_run:
             return [self._suspects.popleft()]
         taken: list[WaitingRow] = []
+        beginnings: set[Beginning] = set()
         tokens = 0
         while self._rows and len(taken) < most_rows:
-            tokens += self._rows[0].new_tokens
+            waiting = self._rows[0]
+            tokens += waiting.new_tokens(beginnings)
             if tokens > most_tokens and taken:
                 break
             taken.append(self._rows.popleft())
+            if waiting.beginning is not None:
+                beginnings.add(waiting.beginning)
         return taken
 
     def put_back(self, rows: Iterable[WaitingRow]) -> None:

@@ -120,7 +120,7 @@ class MlpChunking:
     def _rows_that_fit(self) -> int:
         """Rows whose intermediates fit into free memory less a reserve: 512 MiB, or an eighth of what is free if that is more."""
         device = self._model.device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
+        free = _free_device_bytes(device) if device.type == "cuda" else free_host_bytes()
         if free is None:
             return self._most_rows
         _parent, _name, inner = self._replaced[0]
@@ -128,3 +128,9 @@ class MlpChunking:
         intermediate, hidden = up_weight.shape
         bytes_per_row = (2 * hidden + 4 * intermediate) * up_weight.element_size()
         return int((free - max(_LEAST_RESERVE, free // 8)) // bytes_per_row)
+
+
+def _free_device_bytes(device: torch.device) -> int:
+    """What the driver has left, and what torch's allocator holds without using it."""
+    unused: int = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused

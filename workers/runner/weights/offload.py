@@ -88,7 +88,7 @@ def _load(
         module.tie_weights()
         _move_buffers(module, device)
         _refuse_unbound(module, away)
-        host = {name: _read(source, source.layer(name)) for name in in_host}
+        host = {name: _read(source, source.layer(name), device) for name in in_host}
         layers = [off_device(module, name, source.layer(name)) for name in names if name in away]
         tiles = head_tiles(module, source) if placement.vocabulary_on_disk else ()
         stream = LayerStream(layers, source, device, host, tiles)
@@ -129,8 +129,9 @@ def _resident(source: ExtentFile, names: Sequence[str], away: Collection[str]) -
     yield from (source.slices[owner] for owner in beside)
 
 
-def _read(source: ExtentFile, extents: Sequence[Extent]) -> Tensor:
-    buffer = pages(sum(extent.size for extent in extents))
+def _read(source: ExtentFile, extents: Sequence[Extent], device: torch.device | None = None) -> Tensor:
+    """Their bytes in host memory, where they stay for this device if one is named."""
+    buffer = pages(sum(extent.size for extent in extents), device)
     source.read_all(extents, buffer)
     return buffer
 

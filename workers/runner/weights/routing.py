@@ -48,7 +48,7 @@ class ExpertReader:
 
     def __init__(self, stream: LayerStream, largest: int) -> None:
         self._stream = stream
-        self._slots = [pages(largest) for _ in range(EXPERT_SLOTS)]
+        self._slots = [pages(largest, stream.device) for _ in range(EXPERT_SLOTS)]
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="experts")
 
     def bring(self, extents: Sequence[Extent]) -> Generator[Tensor, None, None]:
@@ -104,7 +104,8 @@ class RoutedExperts(nn.Module):
 
     def forward(self, hidden_NH: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """The sum [N, H] of what each token's experts make of it, each times its weight. Numbers of no expert count nothing."""
-        hit = [number for number in torch.unique(experts_NK).tolist() if number < len(self._extents)]
+        given_NK = experts_NK.cpu()  # the one time that a device is waited for, however many experts are hit
+        hit = [number for number in torch.unique(given_NK).tolist() if number < len(self._extents)]
         chosen = [self._extents[number] for number in hit]
         output_NH = torch.zeros_like(hidden_NH)
         absent, count = dict(self.inner._parameters), self.inner.num_experts
@@ -113,7 +114,8 @@ class RoutedExperts(nn.Module):
             with closing(self._bring(chosen)) as brought:  # so that whatever breaks off here waits for reads in flight
                 for number, extent, held in zip(hit, chosen, brought, strict=True):
                     self._hang(extent, held)
-                    token_M, place_M = torch.where(experts_NK == number)
+                    found = torch.where(given_NK == number)
+                    token_M, place_M = (index_M.to(self._device, non_blocking=True) for index_M in found)
                     made_MH = self._made(hidden_NH[token_M], weights_NK[token_M, place_M, None])
                     output_NH.index_add_(0, token_M, made_MH)
         finally:
