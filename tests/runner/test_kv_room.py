@@ -2,9 +2,8 @@
 
 import contextlib
 import gc
-import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -43,20 +42,6 @@ STRATEGIES = {
     KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER: FileStrategy(window=64),
 }
 KIB = 1024
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 512 KiB, where this process may mount one."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting is not allowed here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def command(model: Path, cache_dir: Path, kv: KVCacheStrategy, kv_bytes_per_token: int, count: int = 1) -> Execute:
