@@ -189,7 +189,7 @@ class Attempt:
     def _hand_over(self, profile: ModelProfile, placement: Placement) -> bool:
         work, folder = self._assignment, self._slot.cache_folder
         missing = tuple(row for row in work.rows if row.row in self._missing)
-        self._stalled = False
+        self._stalled, self._in_flight = False, ()
         try:
             self._found_running = not self._slot.ready_runner()
         except OSError as error:

@@ -7,7 +7,7 @@ what the runner's process takes before it has a model (`RUNTIME_BYTES`).
   B rows · P tokens of the longest prompt · T tokens of the longest row with its answer · w bytes of an element · n layers
   H hidden size · I width of the feed-forward network · Q of all query heads · A heads · V vocabulary · E experts of a token
   F, S what a token leaves in layers of full and of sliding attention, K in the widest layer · W their window · R a row's state
-  N tokens of a pack, B·P but at most `MOST_PACK_TOKENS` or one prompt · b of a block of it, at most `BLOCK_TOKENS`
+  N tokens of a pack, B·P but at most `MOST_PACK_TOKENS` or one prompt, and M more · b of a block, at most `BLOCK_TOKENS`
 
 weights      all tensors as loaded. Of layers that are not kept on the device, `DEVICE_SLOTS` times the largest instead: one
              computes while the next arrives. With moe-routing they pass without their experts, and of those `EXPERT_SLOTS`
@@ -18,10 +18,12 @@ workspace    `WORKSPACE_BYTES`; on the CPU, where there is no other memory, the 
 host         on accelerators: the tokenizer, what sampling sorts, layers kept there, and `HOST_SLOTS` times the largest of those
              that come from disk
 in packs
-kv           B·(T·F + s·S + R). Sliding layers keep s = min(T, 2·W), or, of a prompt in blocks, min(P, W + `BLOCK_TOKENS`)
+kv           B·(T·F + s·S + R). Sliding layers keep s = min(T, 2·W), or, of a prompt in blocks, min(P, W + `BLOCK_TOKENS`).
+             A beginning that rows may share has s·S + R of its own, where rows are longer than s
 kv in files  B·(s·S + R), tails of a page and `MOST_TRIED_TOKENS` + 1 tokens, B·(page + 16)·F, and of one row in one layer its
              history (T + `PAGE_TOKENS`)·K, in a ring its window and two pages, or two prompts that come in blocks; besides
-             a page on its way, four where int8 is made or undone. A page is `PAGE_TOKENS`, T, or `MOST_TAIL_BYTES` / (B·K)
+             a page on its way, four where int8 is made or undone. A page is `PAGE_TOKENS`, T, or `MOST_TAIL_BYTES` / (B·K);
+             counted once, that of a lone row
 activations  of one layer over a block, the larger of
              its feed-forward part, b·(4·H + 3·I + 2·E·H)·w: what comes in, the sum after attention, its norm; gate, up, product
              (four of them where GELU is computed in steps); the routed copies going in and out. With mlp-chunking, the part of
@@ -134,7 +136,7 @@ def estimate_memory(
 
 def draft_bytes(profile: ModelProfile, device_kind: str, *, rows: int, tokens: int) -> int:
     """What a draft model takes of a device beside the model for which it guesses, for so many rows of so many tokens."""
-    layout = Layout(device_kind=device_kind, is_sampled=False, is_packed=True)
+    layout = Layout(device_kind=device_kind, is_sampled=False, is_packed=True, may_share=False)
     needed = estimate_memory(profile, layout, rows=min(rows, MOST_DRAFTED_ROWS), tokens=tokens)
     return needed.device_bytes - needed.workspace
 

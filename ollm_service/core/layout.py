@@ -18,6 +18,7 @@ class Layout:
     `window_tokens` bounds a KV cache in a ring. `mlp_rows` are the positions that the feed-forward network computes at a time,
     None: all. `is_sampled`: some row may draw its tokens. `is_routed`: layers pass without their experts. `vocabulary_on_disk`:
     embedding and head do not stay, either; some layer has to come from disk then. `is_packed`: rows share a pack.
+    `may_share`: there may be other rows, before or beside, that begin with the same tokens.
     """
 
     device_kind: str = "cpu"
@@ -30,3 +31,9 @@ class Layout:
     is_routed: bool = False
     vocabulary_on_disk: bool = False
     is_packed: bool = False
+    may_share: bool = True
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether rows may attend to a beginning that is kept once: where every token of it is kept as it was."""
+        return self.is_packed and self.may_share and self.kv in (KVCacheStrategy.RESIDENT, KVCacheStrategy.PAGED)

@@ -22,18 +22,18 @@ SCALE_BYTES = 4  # of the numbers that one head keeps of a token in int8
 def pack_moment(profile: ModelProfile, layout: Layout, rows: int, tokens: int, prompt: int) -> Moment:
     """A pass in which prompts are computed while all other rows are as long as they become."""
     kv = _kv(profile, layout, rows, tokens, prompt)
-    pack = max(min(rows * prompt, max(MOST_PACK_TOKENS, prompt)), _most_steps(rows))
+    steps = _most_steps(rows)
+    pack = max(min(rows * prompt, max(MOST_PACK_TOKENS, prompt) + steps), steps)
     block = min(pack, BLOCK_TOKENS)
     element, hidden = profile.element_bytes, profile.hidden_size
     # A pack of several blocks is there whole: its embeddings, what a layer is given and what it makes of it.
     whole = pack * rotation_width(profile) * element + (3 * pack * hidden * element if pack > block else 0)
     work = max(_attention(profile, block), _feed_forward(profile, layout, block), _linear(profile, rows, prompt, block))
-    scores = _score_bytes(profile, rows, prompt, block)
+    scores = _score_bytes(profile, layout, prompt, block)
     masks = _mask_bytes(profile, prompt)
     layers = Moment(kv=kv, activations=whole + work + scores, masks=masks)
-    places = _most_steps(rows)
-    logits = logits_bytes(profile, layout, places=places, rows=rows, beside=0)
-    head = Moment(kv=kv, activations=whole + places * hidden * element, logits=logits)
+    logits = logits_bytes(profile, layout, places=steps, rows=rows, beside=0)
+    head = Moment(kv=kv, activations=whole + steps * hidden * element, logits=logits)
     return max(layers, head, key=lambda moment: moment.total)
 
 
@@ -60,9 +60,12 @@ def _linear(profile: ModelProfile, rows: int, prompt: int, block: int) -> int:
     return (max(alone, states) + block * 2 * profile.hidden_size * profile.element_bytes) if profile.linear_heads else 0
 
 
-def _score_bytes(profile: ModelProfile, rows: int, prompt: int, block: int) -> int:
-    """Scores that are computed here: of models that need it, and wherever rows may share a beginning."""
-    if rows == 1 and profile.model_type not in EAGER_MODELS:
+def _score_bytes(profile: ModelProfile, layout: Layout, prompt: int, block: int) -> int:
+    """Scores that are computed here: of models that need it, and wherever rows may share a beginning.
+
+    Rows share one also where they run one at a time.
+    """
+    if not layout.shares_beginnings and profile.model_type not in EAGER_MODELS:
         return 0
     cells = min(max(1, profile.attention_heads) * block * prompt, MOST_CELLS)
     return cells * (8 if profile.element_bytes >= 4 else 8 + 2 * profile.element_bytes)
@@ -83,16 +86,22 @@ def _kv(profile: ModelProfile, layout: Layout, rows: int, tokens: int, prompt: i
     if profile.sliding_window is not None:
         kept = max(min(tokens, 2 * profile.sliding_window), min(prompt, profile.sliding_window + BLOCK_TOKENS))
         sliding = min(tokens, kept)
-    a_row = sliding * profile.sliding_kv_bytes_per_token + profile.state_bytes_per_row
+    # A beginning that rows share keeps a window, and states, beside theirs; of full layers no token is kept twice.
+    beginnings = 1 if layout.shares_beginnings else 0
+    bounded = min(rows * tokens, (rows + beginnings) * sliding) * profile.sliding_kv_bytes_per_token
+    bounded += (rows + beginnings) * profile.state_bytes_per_row
     if layout.kv not in IN_FILES:
-        return rows * (tokens * profile.kv_bytes_per_token + a_row)
+        return rows * tokens * profile.kv_bytes_per_token + bounded
     a_token = widest(profile)
-    page = max(1, min(PAGE_TOKENS, tokens, MOST_TAIL_BYTES // max(1, rows * a_token)))
-    tails = rows * (page + MOST_TRIED_TOKENS + 1) * profile.kv_bytes_per_token
+    # The more rows the smaller are pages, in whole tokens: rounded for all rows together, so that more never need less.
+    most_tail = MOST_TAIL_BYTES // max(1, a_token)
+    page = max(1, min(PAGE_TOKENS, tokens, most_tail))
+    in_tails = max(rows, min(rows * min(PAGE_TOKENS, tokens), most_tail)) + rows * (MOST_TRIED_TOKENS + 1)
+    tails = in_tails * profile.kv_bytes_per_token
     seen = tokens if layout.kv is not KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER else min(tokens, layout.window_tokens + 2 * page)
     open_prompts = 2 * prompt if prompt > BLOCK_TOKENS else 0
     pages = 4 if layout.kv is KVCacheStrategy.QUANTIZED_COLD_TIER else 1
-    return rows * a_row + tails + (max(seen + PAGE_TOKENS, open_prompts) + pages * page) * a_token
+    return bounded + tails + (max(seen + PAGE_TOKENS, open_prompts) + pages * page) * a_token
 
 
 def kv_file_bytes(profile: ModelProfile, kv: KVCacheStrategy, *, rows: int, tokens: int, window_tokens: int) -> int:

@@ -194,6 +194,7 @@ class _Request:
             is_sampled=self.rows.are_sampled,
             is_routed=is_routed(self.plan, self.capabilities),
             is_packed=runs_in_packs(self.profile.model_type, self.plan.backend_id),
+            may_share=self.rows.count != 1,
         )
 
 

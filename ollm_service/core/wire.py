@@ -107,7 +107,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchDone:
-    """Runner: a micro-batch's results, and how each planned pass has ended so far."""
+    """Runner: results of rows that have ended, and how each planned pass has ended so far.
+
+    Nothing is in flight until the next `BatchStarted`.
+    """
 
     results: tuple[RowResult, ...]
     outcomes: Mapping[PassId, PassOutcome] = field(default_factory=dict)

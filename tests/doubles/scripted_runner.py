@@ -16,7 +16,7 @@ in capitals (the last message's content for `messages`). Words in a prompt steer
     [where=FILE]    its process id is appended to the file
 
 Options: `--load-seconds S` for a model that is not warm, `--micro-batch N` at most, `--fail-pass ID` reports that planned pass as
-failed before any row, `--die-loading`.
+failed when rows are in flight and none is answered, `--die-loading`, `--die-loading-generic` the same for a plan without passes.
 """
 
 import argparse
@@ -107,7 +107,8 @@ class ScriptedRunner:
 
     def _execute(self, order: Execute) -> None:
         was_warm = self._warm == order.profile.digest
-        if self._options.die_loading:
+        if self._options.die_loading or (self._options.die_loading_generic and not _is_specialized(order)):
+            self._say(Progress(stage="loading"))
             os.kill(os.getpid(), signal.SIGKILL)
         if not was_warm:
             self._pause(self._options.load_seconds)
@@ -123,6 +124,7 @@ class ScriptedRunner:
         failing = self._options.fail_pass
         if failing not in order.runtime_plan.specialization_pass_ids or not _is_specialized(order):
             return
+        self._say(BatchStarted(rows=tuple(row.row for row in order.rows)))
         reason = "the script wants it to fail"
         outcomes: dict[PassId, PassOutcome] = {PassId(failing): Failed(reason=reason, error_type="ScriptedFailure")}
         raise Told(SpecializationFailed(outcomes=outcomes, reason=reason, error_type="ScriptedFailure"))
@@ -209,6 +211,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=64)
     parser.add_argument("--fail-pass", default="")
     parser.add_argument("--die-loading", action="store_true")
+    parser.add_argument("--die-loading-generic", action="store_true")
     options = parser.parse_args()
     ScriptedRunner(socket.socket(fileno=options.fd), options).serve()
 

@@ -23,6 +23,7 @@ from ollm_service.core.wire import (
     Stopped,
 )
 from tests.runner.commands import make_command, of_kind, only, results_of, run, work_row
+from tests.runner.models import plain_greedy
 from workers.runner.attempt import Attempt
 from workers.runner.backends import generic
 from workers.runner.engine import Engine
@@ -76,6 +77,21 @@ def test_a_stop_ends_the_plan_between_steps(engine: Engine, llama: Path) -> None
     assert isinstance(messages[-1], Stopped)
     assert len(of_kind(messages, BatchDone)) == 1
     assert set(results_of(run(engine, make_command(llama, rows)))) == {0, 1, 2}
+
+
+def test_what_is_answered_is_told_before_a_stop(llama: Path) -> None:
+    """Answers that wait to be reported with others are not lost when the plan is stopped."""
+    engine, messages, stop = Engine(report_seconds=1e6), list[Message](), threading.Event()
+
+    def report(message: Message) -> None:
+        messages.append(message)
+        if isinstance(message, BatchStarted) and message.rows == (3,):
+            stop.set()
+
+    rows = [work_row(index, "hello", max_new_tokens=4) for index in range(4)]
+    engine.execute(make_command(llama, rows, micro_batch=1), report, stop)
+    assert isinstance(messages[-1], Stopped)
+    assert set(results_of(messages)) == {0, 1, 2}
 
 
 class Brittle(MlpChunking):
@@ -134,6 +150,18 @@ def test_a_micro_batch_out_of_memory_is_halved(cramped_model: LoadedModel, llama
     assert set(results_of(messages)) == set(range(8))
     assert [len(message.rows) for message in of_kind(messages, BatchStarted)] == [8, 4, 2, 2, 2, 2]
     assert only(messages, Finished).measured["memory_halvings"] == 2
+
+
+def test_rows_that_begin_anew_share_their_beginning_again(cramped_model: LoadedModel, llama: Path) -> None:
+    """What was computed of a beginning when memory ran out is computed once more; tokens are those of plain transformers."""
+    rows = [work_row(index, "one beginning for all " + "ab" * index, max_new_tokens=9) for index in range(6)]
+    messages = attempt_with(cramped_model, llama, rows)
+    assert {row: result.text for row, result in results_of(messages).items()} == {
+        row.row: plain_greedy(llama, str(row.prompt), 9) for row in rows
+    }
+    measured = only(messages, Finished).measured
+    assert measured["memory_halvings"] >= 1
+    assert measured["shared_prompt_tokens"] > 0
 
 
 def test_a_row_that_never_fits_gets_an_error(cramped_model: LoadedModel, llama: Path) -> None:

@@ -49,13 +49,16 @@ def test_pages_hold_the_very_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
     assert data[offset : offset + entries[1]["key"]["bytes"]] == bytes(states[1][0].view(torch.uint8).flatten().tolist())
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_a_paged_layer_gives_what_a_resident_one_gives(tmp_path: Path, seed: int) -> None:
-    """Whatever prompts come in however many blocks, whoever goes on, takes tokens back or leaves: the same histories."""
+@pytest.mark.parametrize(("seed", "rows"), [*((seed, 4) for seed in range(8)), (8, 10**4), (9, 10**6)])
+def test_a_paged_layer_gives_what_a_resident_one_gives(tmp_path: Path, seed: int, rows: int) -> None:
+    """Whatever prompts come in however many blocks, whoever goes on, takes tokens back or leaves: the same histories.
+
+    The more rows are expected the smaller are pages, down to one token.
+    """
     chance = random.Random(seed)
     torch.manual_seed(seed)
     traffic = Traffic()
-    paged = PagedLayer(PageFile(tmp_path, 0, traffic, Raw()), traffic, SharedRoom(), rows=4, tokens=700)
+    paged = PagedLayer(PageFile(tmp_path, 0, traffic, Raw()), traffic, SharedRoom(), rows=rows, tokens=700)
     layers: tuple[HistoryLayer, HistoryLayer] = (paged, ResidentLayer())
     running: list[TokenSequence] = []
     for _ in range(60):

@@ -2,9 +2,8 @@
 
 import contextlib
 import gc
-import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -43,20 +42,6 @@ STRATEGIES = {
     KVCacheStrategy.SLIDING_WINDOW_RING_BUFFER: FileStrategy(window=64),
 }
 KIB = 1024
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 512 KiB, where this process may mount one."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting is not allowed here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def command(model: Path, cache_dir: Path, kv: KVCacheStrategy, kv_bytes_per_token: int, count: int = 1) -> Execute:
@@ -183,7 +168,7 @@ def test_an_unknown_profile_reserves_nothing() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 def test_what_is_written_is_released(llama: Path, tmp_path: Path, strategy: FileStrategy) -> None:
-    """After the prompt only room for the tails is in memory, and then one history of one layer; a resident cache holds all."""
+    """After the prompt nothing is in memory, then room for the tails and one history of one layer; a resident cache holds all."""
     rows, prompt, a_token = 2, 400, 2 * 2 * 2 * 8 * 4
     module = loaded(llama)
     before = live_bytes()
@@ -194,7 +179,7 @@ def test_what_is_written_is_released(llama: Path, tmp_path: Path, strategy: File
     tails = rows * (PAGE_TOKENS + MOST_TRIED_TOKENS + 1) * a_token
     with cache_in_files(module, strategy, tmp_path, Traffic(), rows=rows, tokens=prompt + 5) as cache:
         feed(module, cache, rows, prompt, 0)
-        assert live_bytes() - before == tails
+        assert live_bytes() == before
     (tmp_path / "again").mkdir()
     with cache_in_files(module, strategy, tmp_path / "again", Traffic(), rows=rows, tokens=prompt + 5) as cache:
         feed(module, cache, rows, prompt, 5)

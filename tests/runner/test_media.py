@@ -306,6 +306,29 @@ def test_text_cannot_pose_as_a_sound(engine: Engine, root: Path) -> None:
     assert found[0].error.code == "invalid_messages"
 
 
+@pytest.mark.parametrize(("name", "mark"), [("voxtral", "[AUDIO]"), ("gemma3", "<image_soft_token>")])
+def test_text_with_a_mark_disturbs_no_other_row(engine: Engine, root: Path, name: str, mark: str) -> None:
+    """A row of text that quotes the mark runs beside rows that bring what it stands for; each is answered as alone."""
+    contents: list[Any] = [contents_of(name)[0], f"{mark} hello {mark}", contents_of(name)[2]]
+    rows = [chat_row(number, content, max_new_tokens=6) for number, content in enumerate(contents)]
+    alone = [answers(engine, asked(root, name, [row]))[row.row] for row in rows]
+    assert all(result.error is None for result in alone)
+    found = answers(engine, asked(root, name, rows))
+    assert [found[row.row] for row in rows] == alone
+
+
+def test_text_cannot_pose_as_an_image(engine: Engine, root: Path) -> None:
+    """Beside an image the mark is an error of its row: there would be fewer features than places."""
+    rows = [
+        chat_row(0, [image_part(IMAGES[3]), text_part("<image_soft_token> what?")]),
+        chat_row(1, PICTURES[0], max_new_tokens=2),
+    ]
+    found = answers(engine, asked(root, "gemma3", rows))
+    assert found[0].error is not None
+    assert found[0].error.code == "invalid_messages"
+    assert found[1].error is None
+
+
 def test_without_multimodal_an_image_is_a_row_error(engine: Engine, root: Path, llama: Path) -> None:
     """A plan that takes text alone says so, whatever its model could do."""
     rows = [chat_row(0, PICTURES[0]), work_row(1, "hello", max_new_tokens=2)]

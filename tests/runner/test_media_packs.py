@@ -45,13 +45,14 @@ def test_tokens_of_an_image_see_each_other(window: int | None) -> None:
 
 
 def test_a_prompt_with_an_image_is_not_cut() -> None:
-    """A block that ended inside an image would let half of it see the other half only; after the prompt blocks are as ever."""
-    plain, seeing = (TokenSequence(tokens=[1] * 30, capacity=40, spans=spans) for spans in ((), ((2, 20),)))
+    """A block that ended inside an image would let half of it see the other half only; all else is in blocks as ever."""
+    plain, other = (TokenSequence(tokens=[1] * 30, capacity=40) for _ in range(2))
+    seeing, short = (TokenSequence(tokens=[1] * length, capacity=40, spans=((2, 9),)) for length in (30, 10))
     pack = Pack()
-    pack.add(plain, wanted=1, is_prompt=True)
-    assert [(block.begin, block.end) for block in pack.blocks(16)] == [(0, 16), (16, 30)]
-    pack.add(seeing, wanted=1, is_prompt=True)
-    assert [(block.begin, block.end) for block in pack.blocks(16)] == [(0, 60)]
+    for sequence in (plain, seeing, short, other):
+        pack.add(sequence, wanted=1, is_prompt=True)
+    assert [(block.begin, block.end) for block in pack.blocks(16)] == [(0, 16), (16, 30), (30, 60), (60, 76), (76, 92), (92, 100)]
+    assert [len(block.segments) for block in pack.blocks(16)] == [1, 1, 1, 2, 1, 1]
     seeing.cached = 29
     later = Pack()
     later.add(seeing, wanted=1, is_prompt=False)

@@ -15,7 +15,7 @@ from ollm_service.core.packing import PACKED_MODELS
 from ollm_service.core.plan import PassId
 from ollm_service.core.wire import AttemptFailed, BatchStarted, Finished, Message
 from scripts.train_demo_model import make_tokenizer
-from tests.runner.commands import make_command, of_kind, only, results_of, run, texts, work_row
+from tests.runner.commands import answers, make_command, of_kind, only, results_of, run, texts, work_row
 from tests.runner.forcing import packed_logits, plain_logits
 from tests.runner.models import plain_greedy, save_model
 from tests.runner.test_exactness import PROMPTS, some_text
@@ -189,6 +189,27 @@ def test_a_draft_model_changes_no_token(
         row.row: plain_greedy(folder, str(row.prompt), 24) for row in rows
     }
     assert only(messages, Finished).measured["tried_tokens"] > 0
+
+
+@pytest.mark.parametrize("longest", [None, "draft", "model"])
+def test_a_draft_need_not_have_the_models_sizes(engine: Engine, tmp_path: Path, longest: str | None) -> None:
+    """With a shorter context, or with padding in either vocabulary, it guesses where it can; tokens are the model's own."""
+    folder = save_model(tmp_path / "model", "llama", max_position_embeddings=2048)
+    draft = save_model(tmp_path / "draft", "gpt2", seed=3)
+    if longest is not None:
+        padded = draft if longest == "draft" else folder
+        model: Any = AutoModelForCausalLM.from_pretrained(padded)
+        model.resize_token_embeddings(model.config.vocab_size + 50)
+        head = model.get_output_embeddings().weight.data
+        head[-50:] = head[:50] * 3  # so that the tokens that no text has are often the best
+        model.save_pretrained(padded)
+    rows = [work_row(0, "ab cd " * 180, max_new_tokens=8), work_row(1, "hello", max_new_tokens=20)]
+    command = replace(make_command(folder, rows), draft_dir=str(draft), draft_digest=f"sizes {longest}")
+    found = answers(engine, command)
+    assert {row: (result.text, result.completion_tokens) for row, result in found.items()} == {
+        row.row: (plain_greedy(folder, str(row.prompt), row.generation.max_new_tokens), row.generation.max_new_tokens)
+        for row in rows
+    }
 
 
 def test_a_draft_of_another_tokenizer_is_refused(engine: Engine, llama: Path, tmp_path: Path) -> None:

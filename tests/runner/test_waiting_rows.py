@@ -82,13 +82,13 @@ def test_every_row_comes_once(
     assert of_suspects == sorted(of_suspects)
 
 
-def test_nothing_large_joins_while_others_run() -> None:
-    """A prompt that is too long for one pass waits until it is alone, and a suspect until nobody runs."""
-    waiting = WaitingRows([encoded(0, range(50)), encoded(1, range(60, 65))], suspects={1})
-    assert waiting.take(4, 20, others_run=True) == []
+def test_long_prompts_join_one_at_a_time_and_suspects_wait_to_be_alone() -> None:
+    """A prompt that is longer than a pass should be joins others that run, alone; a suspect waits until nobody runs."""
+    waiting = WaitingRows([encoded(0, range(50)), encoded(1, range(60, 110)), encoded(2, range(5))], suspects={2})
     assert [one.row.row for one in waiting.take(4, 20, others_run=False)] == [0]
+    assert [one.row.row for one in waiting.take(4, 20, others_run=True)] == [1]
     assert waiting.take(4, 20, others_run=True) == []
-    assert [one.row.row for one in waiting.take(4, 20, others_run=False)] == [1]
+    assert [one.row.row for one in waiting.take(4, 20, others_run=False)] == [2]
     assert not waiting
 
 

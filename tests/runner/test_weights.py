@@ -14,6 +14,7 @@ from ollm_service.core.wire import AttemptFailed, Execute, Finished, Loaded
 from tests.runner.commands import answers, first_outcomes, make_command, of_kind, only, results_of, run, work_row
 from tests.runner.models import plain_greedy
 from workers.runner.engine import Engine
+from workers.runner.kv.files import free_bytes
 from workers.runner.raw import pages
 from workers.runner.weights.extents import ALIGNMENT, CorruptExtents, ExtentFile, ExtentWriter, Origin
 
@@ -142,6 +143,18 @@ def test_no_room_for_extents_is_said_in_bytes(families: Callable[[str], Path], t
     assert not (weights_folder(order) / "weights.extents").stat().st_size
     nowhere = only(run(Engine(), replace(order, weights_dir=None)), AttemptFailed)
     assert nowhere.code == "no_cache_folder"
+
+
+def test_a_disk_that_fills_up_while_weights_are_laid_out_says_so(families: Callable[[str], Path], small_disk: Path) -> None:
+    """A model of which nothing is known takes what there is. With room again the next attempt goes on and answers."""
+    order = command(families("llama"), small_disk, (0, 1))
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(free_bytes(small_disk) - 64 * 1024))
+    failed = only(run(Engine(), order), AttemptFailed)
+    assert (failed.stage, failed.code, failed.is_permanent) == ("loading", "disk_full", False)
+    assert "No space left" in failed.message
+    filler.unlink()
+    assert answers(Engine(), order)[0].error is None
 
 
 def flip_a_bit(folder: Path, at: int) -> None:

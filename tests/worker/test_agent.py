@@ -123,6 +123,15 @@ def test_a_failed_pass_falls_back(place: Place) -> None:
     assert plan.runtime_plan.details["pass_mlp_chunking"] == "failed(the script wants it to fail)"
 
 
+def test_a_runner_that_dies_while_falling_back_blames_no_row(place: Place) -> None:
+    """Rows were in flight when the pass failed; they are not when the runner dies at loading the model again."""
+    job = place.submit(["a"])
+    with place.agent(runner_command=f"{RUNNER} --fail-pass mlp-chunking --die-loading-generic"):
+        wait_for(lambda: {"fail", "crash"} & set(kinds(place, job)), timeout=SECONDS, what="the runner's death")
+    detail = place.detail(job)
+    assert (detail.plan.failures, "crash" in kinds(place, job)) == (1, False)
+
+
 def test_a_demanded_pass_that_fails_fails_the_attempt(place: Place) -> None:
     """No fallback replaces what the user asked for: the plan waits for another worker."""
     job = place.submit(["a"], config=RuntimeConfig(dense_projection_chunk_rows=8))

@@ -46,6 +46,7 @@ class Attempt:
         self._report_seconds = report_seconds
         self._tries_ahead = tries_ahead
         self._has_reported_rows = False
+        self._outcomes: dict[PassId, PassOutcome] = {}
 
     def run(self, model: LoadedModel, passes: AppliedPasses) -> Finished:
         """Answer all rows, and return the last message. Raises StopRequested and PassFailed."""
@@ -67,15 +68,21 @@ class Attempt:
         )
         # Rows that were refused beforehand travel with the first answers, once the passes have ended well.
         held, answered, reported_at = refused, 0, -self._report_seconds
-        with at_each_layer(model, self.pulse), closing(loop.run()) as forward_passes:
-            for results in forward_passes:
-                held += results
-                answered += len(results)
-                if held and answered and time.monotonic() - reported_at >= self._report_seconds:
-                    self._report_results(held, passes.outcomes(), passes)
-                    held, reported_at = [], time.monotonic()
-                    if loop.in_flight:
-                        self.report(BatchStarted(rows=loop.in_flight))
+        try:
+            with at_each_layer(model, self.pulse), closing(loop.run()) as forward_passes:
+                for results in forward_passes:
+                    held += results
+                    answered += len(results)
+                    if held and answered and time.monotonic() - reported_at >= self._report_seconds:
+                        self._report_results(held, passes.outcomes(), passes)
+                        held, reported_at = [], time.monotonic()
+                        if loop.in_flight:
+                            self.report(BatchStarted(rows=loop.in_flight))
+        except Exception:
+            # Whatever ends the attempt, answers that are there are not computed a second time elsewhere.
+            if held and self._has_reported_rows:
+                self._report_results(held, self._outcomes, passes)
+            raise
         if held:
             self._report_results(held, passes.outcomes(), passes)
         return Finished(measured=self._measured(passes))
@@ -140,7 +147,7 @@ class Attempt:
 
     def _report_results(self, results: Sequence[RowResult], outcomes: dict[PassId, PassOutcome], passes: AppliedPasses) -> None:
         self.report(BatchDone(results=tuple(results), outcomes=outcomes, measured=self._measured(passes)))
-        self._has_reported_rows = True
+        self._has_reported_rows, self._outcomes = True, outcomes
 
     def _measured(self, passes: AppliedPasses) -> dict[str, float]:
         return self.measurements.as_dict() | passes.measured()

@@ -164,6 +164,7 @@ def test_a_padded_batch_needs_a_mask_and_a_lone_row_none() -> None:
 
 
 PACKED = replace(GREEDY, is_packed=True)
+ALONE = replace(PACKED, may_share=False)
 PAGED = replace(PACKED, kv=KVCacheStrategy.PAGED)
 SCORES = 8  # bytes of one, in float32
 
@@ -179,14 +180,17 @@ def test_a_small_pack_is_computed_in_one_piece() -> None:
 
 
 def test_a_long_pack_is_computed_in_blocks() -> None:
-    """Of 4,000 tokens a layer works on a block; embeddings, input and output are as long as the pack."""
+    """Of 4,000 tokens a layer works on a block; embeddings, input and output are as long as the pack.
+
+    That is not longer than prompts of one pass and the newest tokens of rows that have begun.
+    """
     found = needs(layout=PACKED, rows=4, prompt=1000)
     scores = HEADS * BLOCK_TOKENS * 1000 * SCORES
     assert scores < MOST_CELLS * SCORES
     work = BLOCK_TOKENS * (4 * HIDDEN + 3 * MIDDLE) * 4
     assert found.activations == 4000 * (3 * HIDDEN + 2 * HEAD) * 4 + work + scores
     many = needs(layout=PACKED, rows=64, prompt=1000).activations
-    assert many - scores - work == MOST_PACK_TOKENS * (3 * HIDDEN + 2 * HEAD) * 4
+    assert many - scores - work == (MOST_PACK_TOKENS + MOST_TRIED_IN_PASS) * (3 * HIDDEN + 2 * HEAD) * 4
 
 
 def test_a_prompt_of_several_blocks_needs_a_mask() -> None:
@@ -207,8 +211,27 @@ def test_tokens_that_are_tried_have_logits() -> None:
 def test_sliding_layers_of_a_pack_keep_twice_their_window() -> None:
     """Before the window moves to the front; while a prompt is computed also a block."""
     sliding = replace(MODEL, kv_bytes_per_token=0, sliding_kv_bytes_per_token=LAYERS * KV, sliding_window=64)
-    assert needs(sliding, PACKED, rows=2, prompt=10, answer=4000).kv == 2 * 128 * LAYERS * KV
-    assert needs(sliding, PACKED, rows=2, prompt=5000).kv == 2 * (64 + BLOCK_TOKENS) * LAYERS * KV
+    assert needs(sliding, ALONE, rows=2, prompt=10, answer=4000).kv == 2 * 128 * LAYERS * KV
+    assert needs(sliding, ALONE, rows=2, prompt=5000).kv == 2 * (64 + BLOCK_TOKENS) * LAYERS * KV
+
+
+def test_a_shared_beginning_has_a_window_and_states_of_its_own() -> None:
+    """Beside those of its rows, where rows are longer than what they keep; also where they run one at a time."""
+    bounded = replace(
+        MODEL, kv_bytes_per_token=0, sliding_kv_bytes_per_token=LAYERS * KV, sliding_window=64, state_bytes_per_row=1000
+    )
+    assert needs(bounded, PACKED, rows=2, prompt=10, answer=4000).kv == 3 * 128 * LAYERS * KV + 3 * 1000
+    assert needs(bounded, PACKED, prompt=10, answer=50).kv == 60 * LAYERS * KV + 2 * 1000
+    alone, shared = needs(layout=ALONE, prompt=100).activations, needs(layout=PACKED, prompt=100).activations
+    assert shared - alone == HEADS * 100 * 100 * SCORES
+
+
+def test_more_rows_never_need_less_however_small_their_pages() -> None:
+    """Pages are whole tokens, so that those of one row more may be half as large, and all of them less."""
+    wide = replace(MODEL, kv_bytes_per_token=LAYERS * KV * 64, widest_kv_bytes_per_token=KV * 64)
+    for kv in set(KVCacheStrategy) - {KVCacheStrategy.RESIDENT}:
+        sizes = [needs(wide, replace(PACKED, kv=kv), rows=rows, prompt=100, answer=100).device_bytes for rows in range(1, 257)]
+        assert sizes == sorted(sizes)
 
 
 def test_kv_in_files_leaves_one_history_in_memory() -> None:
@@ -218,9 +241,9 @@ def test_kv_in_files_leaves_one_history_in_memory() -> None:
     assert found.kv == (1000 + 128 + 128) * KV + tails
     assert found.disk == 2 * (1000 + 128) * LAYERS * KV
     wide = replace(MODEL, kv_bytes_per_token=LAYERS * KV * 1024, widest_kv_bytes_per_token=KV * 1024)
-    page = MOST_TAIL_BYTES // (4 * KV * 1024)
+    page = MOST_TAIL_BYTES // (4 * KV * 1024)  # of four rows; of one it is four times as large
     kept = needs(wide, PAGED, rows=4, prompt=1, answer=999).kv
-    assert kept == (1000 + 128 + page) * KV * 1024 + 4 * (page + MOST_TRIED_TOKENS + 1) * LAYERS * KV * 1024
+    assert kept == (1000 + 128 + 4 * page) * KV * 1024 + 4 * (page + MOST_TRIED_TOKENS + 1) * LAYERS * KV * 1024
 
 
 def test_a_prompt_of_several_blocks_is_in_memory_for_one_layer() -> None:

@@ -248,7 +248,7 @@ def offloaded(
 
 def working_bytes(rows: int = 1) -> int:
     """What rows of 100 tokens need beside the layers, on a card."""
-    layout = Layout(device_kind="cuda", mlp_rows=16_384)
+    layout = Layout(device_kind="cuda", mlp_rows=16_384, is_packed=True)
     return estimate_memory(deep(), layout, rows=rows, tokens=100).device_bytes - LAYERS * 100 * MIB
 
 
@@ -356,7 +356,7 @@ def test_layers_that_were_pinned_to_the_card_stay_there() -> None:
 
 def test_a_processor_streams_from_disk() -> None:
     """Where memory does not hold the model, the processor reads the layers that are short, two of them in memory at a time."""
-    layout = Layout(mlp_rows=16_384)
+    layout = Layout(mlp_rows=16_384, is_packed=True)
     working = estimate_memory(deep(), layout, rows=1, tokens=100).device_bytes - LAYERS * 100 * MIB
     free = live({"cpu": just_enough(working + (DEVICE_SLOTS + 3) * 100 * MIB + RUNTIME_BYTES["cpu"])})
     config = RuntimeConfig(kv_cache_strategy="resident")

@@ -1,4 +1,4 @@
-"""How are bytes kept in a file that one layer of a micro-batch has for itself?"""
+"""How are bytes kept in a file that one layer of a cache has for itself?"""
 
 import contextlib
 import errno

@@ -58,11 +58,13 @@ class PagedLayer(HistoryLayer):
         self._prompts: dict[Text, Room] = {}
 
     def append(self, arrival: Arrival, keys_HLD: Tensor, values_HLD: Tensor) -> None:
-        """Take in new tokens; a page that was full before them is written now, since they may be taken back. Raises OSError."""
+        """Take in new tokens; pages that were full before them are written now, since they may be taken back. Raises OSError."""
         kept = self._kept.get(arrival.sequence)
         if kept is None:
             kept = self._kept[arrival.sequence] = self._new(keys_HLD, values_HLD)
         if not arrival.is_prompt:
+            if not kept.tail.capacity:
+                kept.tail = self._tail(keys_HLD, values_HLD, kept.length)
             self._spill(kept)
             kept.tail.add(keys_HLD, values_HLD)
             self._evict(kept)
@@ -79,8 +81,11 @@ class PagedLayer(HistoryLayer):
             kept.tail.add(keys_HLD[:, done : done + count], values_HLD[:, done : done + count])
             done += count
             self._spill(kept)
-        if not arrival.more and kept.tail.used:
-            self._write(kept, kept.tail.used)
+        if not arrival.more:
+            if kept.tail.used:
+                self._write(kept, kept.tail.used)
+            # A beginning that rows share never goes on; any other has a tail again with its next token.
+            kept.tail = Room(keys_HLD, values_HLD, 0, kept.length)
         self._evict(kept)
 
     def history(self, sequence: Text) -> History:
@@ -124,11 +129,15 @@ class PagedLayer(HistoryLayer):
         if not self._page_tokens:
             a_token = (keys_HLD.nbytes + values_HLD.nbytes) // keys_HLD.shape[-2]
             self._page_tokens = max(1, min(PAGE_TOKENS, self._tokens, MOST_TAIL_BYTES // (a_token * self._rows)))
-        return _Kept(Room(keys_HLD, values_HLD, self._page_tokens + MOST_TRIED_TOKENS + 1))
+        return _Kept(self._tail(keys_HLD, values_HLD))
+
+    def _tail(self, keys_HLD: Tensor, values_HLD: Tensor, first: int = 0) -> Room:
+        """Room for a page, and for what may come in one pass before it is written."""
+        return Room(keys_HLD, values_HLD, self._page_tokens + MOST_TRIED_TOKENS + 1, first)
 
     def _spill(self, kept: _Kept) -> None:
-        """Write the page that the tail has filled, if it has."""
-        if kept.tail.used >= self._page_tokens:
+        """Write the pages that the tail has filled: several where pages are smaller than what is tried at a time."""
+        while kept.tail.used >= self._page_tokens:
             self._write(kept, self._page_tokens)
 
     def _write(self, kept: _Kept, tokens: int) -> None:

@@ -8,7 +8,7 @@ class Traffic:
     """What went to the disk and came back, in bytes, all layers together.
 
     `pages_written` are those of paged files. `bytes_before_encoding`: what the bytes written were in memory. `tokens_evicted` are
-    the tokens of rows that left the window of a layer, with their padding.
+    those of rows that left the window of a layer.
     """
 
     bytes_written: int = 0

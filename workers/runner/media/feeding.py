@@ -12,6 +12,12 @@ from workers.runner.prompts import EncodedRow
 FEATURES = ("pixel_values", "input_features")
 
 
+def placeholder_of(module: PreTrainedModel) -> int | None:
+    """The token in whose place a forward pass puts what it makes of images and sounds, if the model has one."""
+    names = ("image_token_id", "image_token_index", "audio_token_id")
+    return next((value for name in names if isinstance(value := getattr(module.config, name, None), int)), None)
+
+
 def features_of(rows: Sequence[EncodedRow], module: PreTrainedModel) -> dict[str, Tensor]:
     """The images and sounds of rows in their order, on the model's device and in its dtype; nothing where there are none."""
     found = {name: [row.media[name] for row in rows if name in row.media] for name in FEATURES}

@@ -15,6 +15,7 @@ from transformers import AutoFeatureExtractor, AutoProcessor, PreTrainedModel, P
 
 from ollm_service.core.content import WrongPart, medium_of
 from ollm_service.core.plan import ModelModality
+from workers.runner.media.feeding import placeholder_of
 from workers.runner.media.sounds import decode_sound
 from workers.runner.prompts import ReadsMedia, RowRefused
 
@@ -26,13 +27,14 @@ def open_reader(folder: Path, module: PreTrainedModel, tokenizer: PreTrainedToke
     """The reader for this model. Raises OSError and ValueError for a broken processor, ImportError where pillow is missing."""
     if getattr(module.config, "audio_config", None) is not None:
         return SoundReader(folder, module, tokenizer)
-    return ImageReader(folder)
+    return ImageReader(folder, placeholder_of(module))
 
 
 class ImageReader:
-    """Images, through the model's processor and its chat template."""
+    """Images, through the model's processor and its chat template. No text may have the token that stands for an image."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, placeholder: int | None) -> None:
+        self._placeholder = placeholder
         decode: Any = importlib.import_module("workers.runner.media.images").decode_image
         self._decode: Callable[[bytes], Any] = decode
         self._processor: Any = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]  # transformers does not annotate it
@@ -53,9 +55,18 @@ class ImageReader:
 
     def _parts(self, content: Any) -> list[Mapping[str, Any]]:
         return [
-            {"type": "image", "image": self._decode(_bytes_of(part, ModelModality.IMAGE))} if part.get("type") != "text" else part
+            {"type": "image", "image": self._decode(_bytes_of(part, ModelModality.IMAGE))}
+            if part.get("type") != "text"
+            else self._plain(part)
             for part in as_parts(content)
         ]
+
+    def _plain(self, part: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The part of text. Raises RowRefused where it poses as an image: the features of others would go astray."""
+        tokens = self._processor.tokenizer(str(part.get("text")), add_special_tokens=False, verbose=False)["input_ids"]
+        if self._placeholder in tokens:
+            raise RowRefused("invalid_messages", "A text has the model's own mark for an image; leave it out of the text.")
+        return part
 
 
 class SoundReader:

@@ -17,6 +17,9 @@ from workers.runner.packed.attachment import PackedModel
 from workers.runner.packed.pack import Pack, TokenSequence
 from workers.runner.weights.streaming import layer_names
 
+# How many more a text has room for when its own is full: with none all of it would be copied for each token.
+_MORE_TOKENS = 128
+
 
 class DraftModel:
     """A model that guesses for one attempt's rows, each known by a key."""
@@ -26,12 +29,23 @@ class DraftModel:
         self._packed = PackedModel(module, device)
         self._layers = [module.get_submodule(name) for name in layer_names(module)]
         self._cache = PackCache(layers_of(module))
+        config = module.config.get_text_config(decoder=True)
+        self._vocabulary: int = config.vocab_size
+        self._context: int | None = getattr(config, "max_position_embeddings", None)
         self._texts: dict[Hashable, TokenSequence] = {}
 
     @property
     def can_guess(self) -> bool:
         """Whether it can take back what was wrong."""
         return self._cache.can_go_back
+
+    def can_read(self, text: Sequence[int]) -> bool:
+        """Whether the text has room in its context, with guesses behind it, and all of the tokens places in its vocabulary.
+
+        The same tokenizer says nothing of either: matrices may be padded, and a small model often has a short context.
+        """
+        has_room = self._context is None or len(text) + USUAL_GUESS_TOKENS <= self._context
+        return has_room and max(text) < self._vocabulary
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -67,7 +81,9 @@ class DraftModel:
         """The text as the cache has it, as far as that was right. The last token at least is to be fed in."""
         row = self._texts.get(key)
         if row is None:
-            row = self._texts[key] = TokenSequence(tokens=[], capacity=len(text))
+            row = self._texts[key] = TokenSequence(tokens=[], capacity=0)
+        if len(text) + USUAL_GUESS_TOKENS > row.capacity:
+            row.capacity = len(text) + _MORE_TOKENS
         most = min(row.cached, len(text) - 1)
         right = next((place for place in range(most) if row.tokens[place] != text[place]), most)
         if right < row.cached:

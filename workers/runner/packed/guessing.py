@@ -11,6 +11,7 @@ A row's own text is asked first, then a draft model where there is one.
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import takewhile
 
 from ollm_service.core.packing import MOST_DRAFTED_ROWS, MOST_TRIED_IN_PASS, USUAL_GUESS_TOKENS
 from workers.runner.packed.draft import DraftModel
@@ -78,9 +79,11 @@ class Guesser:
 class Guesses:
     """What is tried in the passes of one attempt."""
 
-    def __init__(self, draft: DraftModel | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, draft: DraftModel | None = None, vocabulary: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        """A draft may guess tokens below `vocabulary`, those that the model has a place for."""
         self.costs = PassCosts()
         self.draft = draft if draft is not None and draft.can_guess else None
+        self._vocabulary = vocabulary
         self._draft_seconds = 0.0
         self._clock = clock
 
@@ -100,21 +103,24 @@ class Guesses:
         return found
 
     def _ask_draft(self, rows: Sequence[tuple[Guesser | None, int]], found: list[list[int]], spare: int) -> None:
-        assert self.draft is not None
+        draft = self.draft
+        assert draft is not None
         without = [
             (number, guesser)
             for number, (guesser, room) in enumerate(rows)
             if guesser is not None and not found[number] and room and self._pays(guesser.of_draft, len(rows), self._draft_seconds)
+            if draft.can_read(guesser.text)
         ]
         most = min(USUAL_GUESS_TOKENS, spare // len(without) if without else 0)
         if most < 1 or len(rows) > MOST_DRAFTED_ROWS:
             return
         began = self._clock()
-        guesses = self.draft.guess({guesser: guesser.text for _, guesser in without}, most)
+        guesses = draft.guess({guesser: guesser.text for _, guesser in without}, most)
         spent = (self._clock() - began) / (most * len(without))
         self._draft_seconds += NEWEST_WEIGHT * (spent - self._draft_seconds) if self._draft_seconds else spent
         for number, guesser in without:
-            found[number] = guesser.ask(guesser.of_draft, guesses[guesser][: rows[number][1]])
+            known = takewhile(lambda token: token < self._vocabulary, guesses[guesser][: rows[number][1]])
+            found[number] = guesser.ask(guesser.of_draft, list(known))
 
     def _pays(self, trust: Trust, rows: int, seconds: float) -> bool:
         if trust.is_pausing:

@@ -19,7 +19,7 @@ from ollm_service.core.packing import MOST_PACK_TOKENS
 from workers.runner.answers import NOT_A_NUMBER, Answer, out_of_memory
 from workers.runner.kv.cache import PackCache
 from workers.runner.measurements import Measurements
-from workers.runner.media.feeding import features_of
+from workers.runner.media.feeding import features_of, placeholder_of
 from workers.runner.memory import is_out_of_memory
 from workers.runner.model import LoadedModel
 from workers.runner.packed.attachment import PackedModel
@@ -50,6 +50,12 @@ class RunningRow:
     def room(self) -> int:
         """How many tokens may be tried: one that would be the answer's last need not be fed in."""
         return self.answer.row.max_new_tokens - self.answer.length - 1
+
+    def poses_as(self, placeholder: int) -> bool:
+        """Whether it would feed in this token though it has nothing to be put in the token's place."""
+        if self.has_begun:
+            return placeholder in self.sequence.tokens[self.sequence.cached :]
+        return not self.answer.row.media and placeholder in self.answer.row.tokens
 
     def accept(self, segment: Segment, chosen: Sequence[int], are_numbers: Sequence[bool]) -> int:
         """Take the tokens that the model chose after each of the wanted places, as far as those before them were right.
@@ -100,8 +106,9 @@ class PackedLoop:
         self._measurements = measurements
         self._started = started
         self._packed = PackedModel(model.module, model.device, visit=pulse)
-        self._guesses = Guesses(None if model.draft is None else DraftModel(model.draft, model.device))
-        self._tries_ahead = tries_ahead
+        vocabulary = model.module.config.get_text_config(decoder=True).vocab_size
+        self._guesses = Guesses(None if model.draft is None else DraftModel(model.draft, model.device), vocabulary)
+        self._tries_ahead, self._is_trying = tries_ahead, False
         self._waiting = WaitingRows(())
         self._running: list[RunningRow] = []
 
@@ -172,14 +179,23 @@ class PackedLoop:
         self._count(pack, pairs, new_tokens, time.monotonic() - began)
 
     def _fill(self, pack: Pack) -> list[tuple[RunningRow, Segment]]:
-        """Put into the pack what is to be computed; the rows, and where each is."""
+        """Put into the pack what is to be computed; the rows, and where each is.
+
+        Where images or sounds come in, a row that has their placeholder in its text waits for the next pass, or they would be
+        put into it.
+        """
         pairs: list[tuple[RunningRow, Segment]] = []
-        steps = [row for row in self._running if row.has_begun]
+        feeds = any(row.answer.row.media and not row.has_begun for row in self._running)
+        placeholder = placeholder_of(self._model.module) if feeds else None
+        running = [row for row in self._running if placeholder is None or not row.poses_as(placeholder)]
+        steps = [row for row in running if row.has_begun]
+        self._is_trying = any(row.guesser is not None for row in steps)
         guesses = self._guesses.of([(row.guesser, row.room) for row in steps])
         for row, guessed in zip(steps, guesses, strict=True):
-            row.sequence.tokens += guessed
-            pairs.append((row, pack.add(row.sequence, wanted=1 + len(guessed), is_prompt=False)))
-        for row in self._running:
+            tried = guessed[: guessed.index(placeholder)] if placeholder in guessed else guessed
+            row.sequence.tokens += tried
+            pairs.append((row, pack.add(row.sequence, wanted=1 + len(tried), is_prompt=False)))
+        for row in running:
             if not row.has_begun:
                 parent = row.sequence.parent
                 if parent is not None and not parent.cached and not pack.has(parent):
@@ -241,7 +257,10 @@ class PackedLoop:
                 cache.forget(beginning.sequence)
 
     def _shrink(self, cache: PackCache) -> list[RowResult]:
-        """Memory ran out: begin these rows anew, fewer at a time. One that was alone gets that as its error."""
+        """Memory ran out: begin these rows anew, fewer at a time, and from now on without trying tokens in advance.
+
+        One that was alone, and not for tokens that were tried, gets that as its error.
+        """
         stopped, self._running = self._running, []
         for row in stopped:
             cache.forget(row.sequence)
@@ -253,10 +272,11 @@ class PackedLoop:
         gc.collect()
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
-        if len(stopped) == 1:
+        if len(stopped) == 1 and not self._is_trying:
             self._forget(stopped[0], cache)
             return [out_of_memory(stopped[0].answer.row)]
         self._measurements.halvings += 1
+        self._tries_ahead = False
         self._most_rows = max(1, len(stopped) // 2)
         self._waiting.put_back(row.waiting for row in stopped)
         return []

@@ -9,6 +9,7 @@ N tokens of a pack, M of them whose logits are wanted.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -126,10 +127,19 @@ class Pack:
         return torch.tensor([place for one in self.segments for place in range(one.end - one.wanted, one.end)], dtype=torch.long)
 
     def blocks(self, most_tokens: int) -> list[Block]:
-        """The pack cut into pieces of at most so many tokens; a segment may be cut, too, unless tokens of it see ahead."""
-        if any(one.is_prompt and one.sequence.spans for one in self.segments):
-            most_tokens = self.length
-        return [self._block(begin, min(begin + most_tokens, self.length)) for begin in range(0, self.length, most_tokens)]
+        """The pack cut into pieces of at most so many tokens; a segment may be cut, too, unless tokens of it see ahead.
+
+        Such a one that is longer is a piece by itself.
+        """
+        whole = [segment for segment in self.segments if segment.is_prompt and segment.sequence.spans]
+        ends = [0]
+        while ends[-1] < self.length:
+            begin, end = ends[-1], min(ends[-1] + most_tokens, self.length)
+            cut = next((one for one in whole if one.begin < end < one.end), None)
+            if cut is not None:
+                end = cut.begin if cut.begin > begin else cut.end
+            ends.append(end)
+        return [self._block(begin, end) for begin, end in pairwise(ends)]
 
     def _block(self, begin: int, end: int) -> Block:
         parts = (segment.between(begin, end) for segment in self.segments)

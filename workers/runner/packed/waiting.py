@@ -65,7 +65,10 @@ class WaitingRows:
         return bool(self._rows or self._suspects)
 
     def take(self, most_rows: int, most_tokens: int, *, others_run: bool) -> list[WaitingRow]:
-        """The next rows, of at most so many new prompt tokens, or one alone if none runs."""
+        """The next rows, of at most so many new prompt tokens, or one alone that has more.
+
+        Such a one joins others that run: if it waited for them, long prompts would be answered one after another.
+        """
         if not self._rows and self._suspects and not others_run:
             return [self._suspects.popleft()]
         taken: list[WaitingRow] = []
@@ -74,7 +77,7 @@ class WaitingRows:
         while self._rows and len(taken) < most_rows:
             waiting = self._rows[0]
             tokens += waiting.new_tokens(beginnings)
-            if tokens > most_tokens and (taken or others_run):
+            if tokens > most_tokens and taken:
                 break
             taken.append(self._rows.popleft())
             if waiting.beginning is not None:

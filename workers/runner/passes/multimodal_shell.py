@@ -10,6 +10,7 @@ from ollm_service.core.content import media_parts
 from ollm_service.core.passes import Applied, Failed, NotNeeded, PassOutcome
 from ollm_service.core.plan import PassId
 from ollm_service.core.wire import Execute
+from workers.runner.media.feeding import placeholder_of
 from workers.runner.media.readers import Read, open_reader
 from workers.runner.model import LoadedModel
 from workers.runner.prompts import ReadsMedia
@@ -35,7 +36,7 @@ class MultimodalShell:
         """Not needed where no row of the plan has an image or a sound; fails for a model that has no place for them."""
         if not self._brings_media:
             return NotNeeded(reason="no row of this plan has an image or a sound")
-        if self._placeholder_token() is None:
+        if placeholder_of(self._model.module) is None:
             return Failed(reason="the model's configuration names no token for images or sounds", error_type="NoPlaceholder")
         return None
 
@@ -65,17 +66,12 @@ class MultimodalShell:
         """What forward passes were fed."""
         return {"media_fed": float(sum(self._fed.values())), "media_tokens": float(self._placeholders)}
 
-    def _placeholder_token(self) -> int | None:
-        config = self._model.module.config
-        names = ("image_token_id", "image_token_index", "audio_token_id")
-        return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
-
     def _count(self, _module: nn.Module, _arguments: Any, named: dict[str, Any]) -> None:
         for name in _INPUTS:
             fed = named.get(name)
             if isinstance(fed, Tensor):
                 self._fed[name] = self._fed.get(name, 0) + fed.shape[0]
-                self._placeholders += int((named["input_ids"] == self._placeholder_token()).sum())
+                self._placeholders += int((named["input_ids"] == placeholder_of(self._model.module)).sum())
 
 
 class _Counting:

@@ -1,6 +1,6 @@
 """What is a pass to the runner, and how do the planned ones come to their ends?
 
-Each planned pass ends exactly once, as applied, not needed or failed, and the end is known after the first micro-batch. Nothing
+Each planned pass ends exactly once, as applied, not needed or failed, and the end is known with the first answers. Nothing
 is applied unless real forward passes have shown it.
 """
 

@@ -4,6 +4,7 @@ Checkpoints do not hold what modules hold: transformers renames and joins weight
 loaded can be streamed. It is asked to keep all weights on disk, which takes no more memory than the largest of them.
 """
 
+import errno
 import fcntl
 import logging
 import shutil
@@ -83,6 +84,12 @@ def _repack(
         scratch.mkdir()
         module, loader = loaded_on_disk(model_dir, scratch, kind)
         write_model(writer, module, loader, visit)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise NoRoomForExtents(
+            f"{error.strerror} in {folder}, where the weights are laid out by layers. Make room, and it goes on from there."
+        ) from error
     finally:
         writer.close()
         shutil.rmtree(scratch, ignore_errors=True)
