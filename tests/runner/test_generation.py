@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ollm_service.core.leasing import RowResult, WorkRow
 from ollm_service.core.options import GenerationConfig
@@ -196,6 +197,19 @@ def test_top_k_and_top_p_drop_the_rest() -> None:
     assert (warp(logits, 1.0, None, 2) > 0).tolist() == [[False, False, True, True]]
     assert (warp(logits, 1.0, 0.65, None) > 0).tolist() == [[False, False, True, True]]
     assert (warp(logits, 1.0, 1e-6, None) > 0).tolist() == [[False, False, False, True]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(0.7, None, None), (1.3, 0.9, None), (1.0, None, 7), (0.4, 0.6, 11)])
+def test_probabilities_are_those_of_transformers(seed: int, temperature: float, top_p: float | None, top_k: int | None) -> None:
+    """Its own warpers in the order in which its `generate` applies them."""
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(seed)) * 3
+    theirs = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k is not None:
+        theirs = TopKLogitsWarper(top_k)(None, theirs)
+    if top_p is not None:
+        theirs = TopPLogitsWarper(top_p)(None, theirs)
+    assert torch.equal(warp(logits, temperature, top_p, top_k), theirs.softmax(dim=-1))
 
 
 def test_draws_follow_the_probabilities() -> None:
