@@ -1,10 +1,11 @@
 """What is tried in advance, and when does it pay?"""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ollm_service.core.packing import MOST_TRIED_TOKENS
-from workers.runner.packed.guessing import TRY_AGAIN_TOKENS, PassCosts, Trust
+from ollm_service.core.packing import MOST_TRIED_IN_PASS, MOST_TRIED_TOKENS
+from workers.runner.packed.guessing import TRY_AGAIN_TOKENS, Guesser, Guesses, PassCosts, Trust
 from workers.runner.packed.lookup import SHORTEST_MATCH, Lookup
 
 
@@ -30,6 +31,16 @@ def test_the_longest_match_decides_and_the_newest_of_them() -> None:
     assert Lookup([1, 2, 3, 4, 9, 2, 3, 4, 8, 1, 2, 3, 4]).guess(1) == [9]
     assert Lookup([7, 2, 3, 5, 6, 7, 2, 3, 6, 0, 2, 3]).guess(2) == [6, 0]
     assert Lookup([1, 2, 3, 4]).guess(4) == []
+
+
+@pytest.mark.parametrize("count", [1, 3, 16, 63, 64, 65, 256])
+def test_no_more_is_tried_than_there_is_room_for(count: int) -> None:
+    """Neither in a row nor in a pass, however many rows repeat themselves; where many run nothing is tried."""
+    text = [*range(10), *range(10), *range(100, 500), 3, 4, 5, 6]
+    rows: list[tuple[Guesser | None, int]] = [(Guesser(text), room % 7) for room in range(count)]
+    found = Guesses().of(rows)
+    assert all(len(guess) <= room for guess, (_, room) in zip(found, rows, strict=True))
+    assert sum(map(len, found)) <= max(0, MOST_TRIED_IN_PASS - count)
 
 
 def test_a_source_that_was_given_up_is_tried_again_later() -> None:

@@ -89,7 +89,7 @@ class Guesses:
 
     def of(self, rows: Sequence[tuple[Guesser | None, int]]) -> list[list[int]]:
         """Guesses for each of the rows that have begun, None where none are wanted, which may still get so many tokens."""
-        spare = MOST_TRIED_IN_PASS - len(rows)
+        spare = max(0, MOST_TRIED_IN_PASS - len(rows))
         found: list[list[int]] = []
         for left, (guesser, room) in zip(range(len(rows), 0, -1), rows, strict=True):
             guess: list[int] = []
