@@ -1,5 +1,7 @@
 """Does a model of which layers come from disk answer as the whole one does, and what if those files are damaged?"""
 
+import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +11,18 @@ import torch
 import transformers
 
 from ollm_service.core.passes import Applied, NotNeeded
-from ollm_service.core.plan import PassId
+from ollm_service.core.plan import GenericModelKind, PassId
 from ollm_service.core.wire import AttemptFailed, Execute, Finished, Loaded
 from tests.runner.commands import answers, first_outcomes, make_command, of_kind, only, results_of, run, work_row
 from tests.runner.models import plain_greedy
+from tests.waiting import wait_for
 from workers.runner.engine import Engine
+from workers.runner.interruptions import AttemptEnded
 from workers.runner.kv.files import free_bytes
 from workers.runner.raw import pages
 from workers.runner.weights.extents import ALIGNMENT, CorruptExtents, ExtentFile, ExtentWriter, Origin
+from workers.runner.weights.offload import load_offloaded
+from workers.runner.weights.repack import open_extents
 
 OFFLOAD, CHUNKS = PassId.CPU_OFFLOAD, PassId.MLP_CHUNKING
 PROMPTS = ["one two", "a somewhat longer prompt, so that rows are padded", "3"]
@@ -276,3 +282,58 @@ def test_every_message_of_a_streaming_plan_is_one_of_the_protocol(
     assert measured["layers_brought"] == 2 * NEW_TOKENS
     assert a_pass * NEW_TOKENS <= measured["weight_bytes_read"] <= a_pass * (NEW_TOKENS + 2)
     assert not of_kind(messages, AttemptFailed)
+
+
+def test_two_runners_lay_one_model_out_once(families: Callable[[str], Path], tmp_path: Path) -> None:
+    """The second waits for the first one's lock, says meanwhile that it is alive, and reads what the first has written."""
+    model, order = families("llama"), command(families("llama"), tmp_path, (0, 1))
+    waits, may_go_on = threading.Event(), threading.Event()
+    written: list[str] = []
+
+    def first_visit() -> None:
+        written.append("a tensor")
+        assert may_go_on.wait(timeout=30), "the second never came to wait"
+
+    def second_visit() -> None:
+        waits.set()
+        may_go_on.set()
+
+    origin = Origin(digest=order.profile.digest, transformers=transformers.__version__)
+    folder, kind = weights_folder(order), GenericModelKind.CAUSAL_LM
+    first = threading.Thread(target=lambda: open_extents(model, folder, origin, kind, 0, first_visit).close())
+    first.start()
+    wait_for(lambda: bool(written), timeout=30, what="the first runner's first tensor")
+    open_extents(model, folder, origin, kind, 0, second_visit).close()
+    first.join(timeout=30)
+    assert waits.is_set()
+    assert {path.name for path in folder.iterdir()} == {"weights.extents", "manifest.jsonl", "writer.lock"}
+
+
+def test_weights_that_are_spoilt_twice_end_the_attempt(families: Callable[[str], Path], tmp_path: Path) -> None:
+    """A disk that gives back other bytes than were written: laid out once more, and then an end that says so."""
+    order = command(families("llama"), tmp_path, (1,))
+    path = weights_folder(order) / "weights.extents"
+
+    def spoil() -> None:
+        if path.exists() and path.stat().st_size > 200:
+            with path.open("r+b") as file:
+                file.seek(100)
+                file.write(b"\xff" * 4)
+
+    with pytest.raises(AttemptEnded, match="written twice") as ended:
+        load_offloaded(order, torch.device("cpu"), spoil)
+    assert ended.value.code == "weights_corrupt"
+
+
+def test_a_weight_that_is_nowhere_is_never_computed_with(families: Callable[[str], Path], tmp_path: Path) -> None:
+    """On the CPU torch makes up a product with a tensor without memory: the attempt ends before any."""
+    order = command(families("llama"), tmp_path, (0, 1))
+    answers(Engine(), order)
+    manifest = weights_folder(order) / "manifest.jsonl"
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    (around,) = (line for line in lines if line.get("name") == "")
+    lost = around["tensors"].pop()[0]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    failure = only(run(Engine(), order), AttemptFailed)
+    assert failure.code == "load_failed"
+    assert lost in failure.message
