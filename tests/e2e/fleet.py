@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +18,7 @@ from typing import Any, Self
 import httpx
 import psutil
 
+from ollm_service.store.database import upgrade
 from tests.e2e.service_calls import ServiceCalls
 from tests.servers import LOOPBACK, free_port, kill_tree, spawn
 from tests.waiting import wait_for
@@ -257,3 +258,21 @@ def milliseconds_between(earlier: str, later: str) -> float:
 def counts(job: Mapping[str, Any]) -> tuple[int, int, int]:
     """A job's succeeded, failed and pending rows."""
     return job["counts"]["succeeded"], job["counts"]["failed"], job["counts"]["pending"]
+
+
+@contextlib.contextmanager
+def one_real_worker(directory: Path, models_dir: Path, **settings: str) -> Iterator[Fleet]:
+    """A coordinator and one worker with a real runner, on SQLite and without a broker; the worker gets these settings, too."""
+    database_url = f"sqlite:///{directory / 'ollm.db'}"
+    upgrade(database_url)
+    with Fleet(
+        directory,
+        database_url=database_url,
+        broker_url="memory://",
+        models_dir=models_dir,
+        runner=f"{sys.executable} -m workers.runner",
+        settings={"OLLM_CACHE_DIR": str(directory / "kv"), **settings},
+    ) as fleet:
+        fleet.start_coordinator()
+        fleet.start_worker("only")
+        yield fleet

@@ -1,14 +1,12 @@
 """Does the whole service answer with models of every kind: text from text, images, sounds, an adapter, packed weights?"""
 
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ollm_service.store.database import upgrade
-from tests.e2e.fleet import Fleet, counts
+from tests.e2e.fleet import Fleet, counts, one_real_worker
 from tests.runner import test_adapters, test_encoder_decoder, test_media, test_quantized_weights
 from tests.runner.commands import chat_row
 from tests.runner.media_models import save_gemma3, save_llava, save_voxtral
@@ -36,18 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """One worker with a real runner."""
     directory = tmp_path_factory.mktemp("service")
-    database_url = f"sqlite:///{directory / 'ollm.db'}"
-    upgrade(database_url)
-    with Fleet(
-        directory,
-        database_url=database_url,
-        broker_url="memory://",
-        models_dir=models,
-        runner=f"{sys.executable} -m workers.runner",
-        settings={"OLLM_CACHE_DIR": str(directory / "kv")},
-    ) as fleet:
-        fleet.start_coordinator()
-        fleet.start_worker("only")
+    with one_real_worker(directory, models) as fleet:
         yield fleet
 
 

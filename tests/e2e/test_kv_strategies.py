@@ -1,14 +1,12 @@
 """Does every KV strategy that a user may ask for answer right through the whole service, and show what it did?"""
 
 import json
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from ollm_service.store.database import upgrade
-from tests.e2e.fleet import DEMO_MODELS, REPOSITORY, Fleet, counts
+from tests.e2e.fleet import DEMO_MODELS, REPOSITORY, Fleet, counts, one_real_worker
 from tests.e2e.scripted_jobs import MODEL, answers
 
 QUESTIONS: list[dict[str, Any]] = [
@@ -21,18 +19,7 @@ RIGHT: dict[str, str] = json.loads((REPOSITORY / "demo" / "heldout_answers.json"
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """One worker with a real runner."""
     directory = tmp_path_factory.mktemp("strategies")
-    database_url = f"sqlite:///{directory / 'ollm.db'}"
-    upgrade(database_url)
-    with Fleet(
-        directory,
-        database_url=database_url,
-        broker_url="memory://",
-        models_dir=DEMO_MODELS,
-        runner=f"{sys.executable} -m workers.runner",
-        settings={"OLLM_CACHE_DIR": str(directory / "kv")},
-    ) as fleet:
-        fleet.start_coordinator()
-        fleet.start_worker("only")
+    with one_real_worker(directory, DEMO_MODELS) as fleet:
         yield fleet
 
 

@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from ollm_service.store.database import upgrade
 from scripts.deepen_demo_model import deepen
-from tests.e2e.fleet import DEMO_MODELS, REPOSITORY, Fleet, counts
+from tests.e2e.fleet import DEMO_MODELS, REPOSITORY, Fleet, counts, one_real_worker
 from tests.e2e.scripted_jobs import answers
 from tests.runner.models import plain_greedy, save_model
 from tests.waiting import wait_for
@@ -41,18 +39,7 @@ def small_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         initializer_range=0.05,
     )
     export_model(wide)
-    database_url = f"sqlite:///{directory / 'ollm.db'}"
-    upgrade(database_url)
-    with Fleet(
-        directory,
-        database_url=database_url,
-        broker_url="memory://",
-        models_dir=directory / "models",
-        runner=f"{sys.executable} -m workers.runner",
-        settings={"OLLM_MEMORY_LIMIT_GB": str(LIMIT_GB), "OLLM_CACHE_DIR": str(directory / "kv")},
-    ) as fleet:
-        fleet.start_coordinator()
-        fleet.start_worker("only")
+    with one_real_worker(directory, directory / "models", OLLM_MEMORY_LIMIT_GB=str(LIMIT_GB)) as fleet:
         yield fleet
 
 
