@@ -20,12 +20,6 @@ class PrivateFolder:
         self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    def subfolder(self, name: str) -> Path:
-        """A new empty folder in it. Raises OSError."""
-        path = self.path / name
-        path.mkdir()
-        return path
-
     def delete(self) -> None:
         """Delete it with everything in it."""
         shutil.rmtree(self.path, ignore_errors=True)
