@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.fleet import Fleet, counts, one_real_worker
-from tests.runner import test_adapters, test_encoder_decoder, test_media, test_quantized_weights
+from tests.runner import media_answers, test_adapters, test_encoder_decoder, test_quantized_weights
 from tests.runner.commands import chat_row
 from tests.runner.media_models import save_gemma3, save_llava, save_voxtral
 from tests.runner.models import plain_greedy, save_model
@@ -75,13 +75,13 @@ def test_packed_weights_are_unpacked(service: Fleet, models: Path) -> None:
 @pytest.mark.parametrize("model", ["gemma3", "llava", "voxtral"])
 def test_images_and_sounds_are_answered(service: Fleet, models: Path, model: str) -> None:
     """Parts in OpenAI's shapes; the native families show their evidence, and a bad part fails its row alone."""
-    contents = test_media.contents_of(model)
+    contents = media_answers.contents_of(model)
     bad = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
     messages = [chat_row(0, content).messages for content in (*contents, bad)]
-    job, results = ended(service, model, [{"messages": one} for one in messages], test_media.NEW_TOKENS)
+    job, results = ended(service, model, [{"messages": one} for one in messages], media_answers.NEW_TOKENS)
     assert counts(job) == (len(contents), 1, 0), results
     for number, content in enumerate(contents):
-        assert results[number]["text"] == test_media.plain(models, model, content)
+        assert results[number]["text"] == media_answers.plain(models, model, content)
     assert results[len(contents)]["error"]["code"] == ("unsupported_content" if model == "voxtral" else "invalid_content")
     plan = job["plans"][0]["runtime_plan"]
     if model == "llava":

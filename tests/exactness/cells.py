@@ -22,7 +22,7 @@ from ollm_service.core.packing import runs_in_packs
 from ollm_service.core.plan import BackendId, PassId
 from tests import families
 from tests.exactness.cover import pairwise_cover
-from tests.exactness.families import FAMILIES
+from tests.exactness.families import FAMILIES, SHOWN
 
 BATCHES = (1, 3, 8)
 CHUNK_ROWS = 7
@@ -40,10 +40,12 @@ class ExactPass:
 EXACT_PASSES: Mapping[PassId, ExactPass] = MappingProxyType(
     {
         PassId.MLP_CHUNKING: ExactPass(
-            families=frozenset({"llama", "gemma3-text", "qwen2"}), options={"dense_projection_chunk_rows": CHUNK_ROWS}
+            families=frozenset({"llama", "gemma3-text", "gemma3", "voxtral", "qwen2"}),
+            options={"dense_projection_chunk_rows": CHUNK_ROWS},
         ),
         PassId.MOE_ROUTING: ExactPass(families=frozenset({"qwen3-moe", "qwen3-next", "gpt-oss"}), needs_disk_layers=True),
         PassId.ATTENTION_REPLACEMENT: ExactPass(families=frozenset({"gpt-oss"})),
+        PassId.MULTIMODAL_SHELL: ExactPass(families=frozenset(SHOWN), options={"multimodal": True}),
     }
 )
 

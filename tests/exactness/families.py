@@ -1,18 +1,19 @@
 """Which models does the grid hold against plain transformers? One line for each family, and what its models are made of.
 
-A model's characters are its tokens, and no answer has special tokens or ends by itself: so equal texts are equal tokens. Voxtral
-has no line yet, as the runner answers with no audio model; its language model is a Llama. A family joins by a line in `FAMILIES`;
-tests/families.py says how its model is made.
+A model's characters are its tokens, and no answer has special tokens or ends by itself: so equal texts are equal tokens. A family
+joins by a line in `FAMILIES`; tests/families.py says how its model is made, and media_models.py how those that see or hear are.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig
 
 from scripts.train_demo_model import make_tokenizer
 from tests import families
+from tests.runner.media_models import never_answered, save_gemma3, save_voxtral
 from workers.runner.weights.export import export_model
 
 CONTEXT = 4096
@@ -22,6 +23,8 @@ SPREAD = 0.3
 FAMILIES = (
     "llama",
     "gemma3-text",
+    "gemma3",
+    "voxtral",
     "qwen3-next",
     "qwen3-moe",
     "gpt-oss",
@@ -35,11 +38,17 @@ FAMILIES = (
 )
 
 
+# Those that are also shown images or sounds.
+SHOWN: Mapping[str, Callable[..., Path]] = {"gemma3": save_gemma3, "voxtral": save_voxtral}
+
+
 def save(family: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, asks_all_experts: bool = False) -> Path:
     """Make a model of the family with random weights and save it in `folder`, with a tokenizer.
 
     `asks_all_experts` has every token ask every expert, where there are experts: rounding can then send none to another.
     """
+    if family in SHOWN:
+        return SHOWN[family](folder, seed=seed, dtype=dtype)
     tokenizer = make_tokenizer()
     architecture, config = families.FAMILIES[family]()
     config.update(
@@ -61,17 +70,12 @@ def save(family: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch
     )
     with torch.no_grad():
         # The logit of a token without weight is zero, which is never the largest of a hundred.
-        model.get_output_embeddings().weight[_never_answered(tokenizer)] = 0
+        model.get_output_embeddings().weight[never_answered(tokenizer)] = 0
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if family == "gpt-oss":
         export_model(folder)  # without an export its provider takes no model
     return folder
-
-
-def _never_answered(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Tokens whose text does not come back as the same token: special ones, and space, which Qwen's tokenizer leaves out."""
-    return [*tokenizer.all_special_ids, *(tokenizer.get_vocab()[space] for space in (" ", "\n"))]
 
 
 def _expert_count(config: Any) -> int:

@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
+
+from tests.runner.media_answers import Content, inputs_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shown:
+    """A message with images or sounds. Equal to itself alone."""
+
+    content: Content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,13 +39,13 @@ class PlainAnswer:
 
 
 @cache
-def plain_answer(folder: Path, prompt: str, new_tokens: int, dtype: torch.dtype | None = None) -> PlainAnswer:
+def plain_answer(folder: Path, prompt: str | Shown, new_tokens: int, dtype: torch.dtype | None = None) -> PlainAnswer:
     """The model's own answer, in its checkpoint's type unless another is given."""
     model, tokenizer = _loaded(folder, dtype)
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = _text_inputs(tokenizer, prompt) if isinstance(prompt, str) else inputs_of(folder, prompt.content)
     with torch.inference_mode():
         output = model.generate(
-            **{name: inputs[name] for name in ("input_ids", "attention_mask")},
+            **inputs,
             max_new_tokens=new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
@@ -48,8 +57,15 @@ def plain_answer(folder: Path, prompt: str, new_tokens: int, dtype: torch.dtype 
 
 @cache
 def _loaded(folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    has_media = {"vision_config", "audio_config"} & AutoConfig.from_pretrained(folder).to_dict().keys()
+    architecture = AutoModelForMultimodalLM if has_media else AutoModelForCausalLM
+    model: Any = architecture.from_pretrained(folder, dtype=dtype or "auto")
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _text_inputs(tokenizer: Any, prompt: str) -> dict[str, Tensor]:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
 def some_text(length: int, seed: int) -> str:

@@ -44,7 +44,7 @@ _SPREAD = 0.3
 _TEXT: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -54,7 +54,7 @@ _TEXT: dict[str, Any] = {
 _VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
-    "num_hidden_layers": 3,  # more than the decoder has
+    "num_hidden_layers": 4,  # more than the decoder has
     "num_attention_heads": 2,
     "image_size": 28,
     "patch_size": 14,
@@ -64,7 +64,7 @@ _MEL_BANDS, _POSITIONS = 8, 16
 _AUDIO: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 64,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 4,
     "num_attention_heads": 2,
     "num_mel_bins": _MEL_BANDS,
     "max_source_positions": _POSITIONS,
@@ -136,16 +136,21 @@ def _tokens(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+def _save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers does not annotate it
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     with torch.no_grad():
-        model.get_output_embeddings().weight[tokenizer.eos_token_id] = 0
-    model.save_pretrained(folder)
+        model.get_output_embeddings().weight[never_answered(tokenizer)] = 0
+    model.to(dtype).save_pretrained(folder)
 
 
-def save_gemma3(folder: Path) -> Path:
+def never_answered(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Tokens whose text does not come back as one character: marks, and white space, which some tokenizers leave out."""
+    return sorted(number for text, number in tokenizer.get_vocab().items() if len(text) != 1 or text.isspace())
+
+
+def save_gemma3(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """A Gemma 3 that sees: an image takes four tokens, which see each other."""
     tokenizer = _tokenizer(
         "<start_of_image>",
@@ -154,9 +159,9 @@ def save_gemma3(folder: Path) -> Path:
         eoi_token="<end_of_image>",
     )
     ids = {name: tokenizer.convert_tokens_to_ids(f"<{name}>") for name in ("start_of_image", "image_soft_token", "end_of_image")}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = Gemma3Config(
-        text_config={**_TEXT, **_tokens(tokenizer), "num_hidden_layers": 2, "sliding_window": 16, "sliding_window_pattern": 2},
+        text_config={**_TEXT, **_tokens(tokenizer), "sliding_window": 16, "sliding_window_pattern": 2},
         vision_config=_VISION,
         mm_tokens_per_image=4,
         boi_token_index=ids["start_of_image"],
@@ -167,7 +172,7 @@ def save_gemma3(folder: Path) -> Path:
     )
     model: Any = Gemma3ForConditionalGeneration(config)
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=1.0)
-    _save(model, tokenizer, folder)
+    _save(model, tokenizer, folder, dtype)
     images = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
     Gemma3Processor(images, tokenizer, chat_template=tokenizer.chat_template, image_seq_length=4).save_pretrained(folder)
     return folder
@@ -245,16 +250,16 @@ def save_tekken_voxtral(folder: Path) -> Path:
     return folder
 
 
-def save_voxtral(folder: Path) -> Path:
+def save_voxtral(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """A Voxtral that hears: a chunk of sound takes four tokens."""
     tokenizer = _tokenizer("", audio_token="[AUDIO]")
-    torch.manual_seed(2)
+    torch.manual_seed(2 + seed)
     config = VoxtralConfig(
         text_config={"model_type": "llama", **_TEXT, **_tokens(tokenizer)},
         audio_config=_AUDIO,
         audio_token_id=tokenizer.convert_tokens_to_ids("[AUDIO]"),
     )
-    _save(VoxtralForConditionalGeneration(config), tokenizer, folder)
+    _save(VoxtralForConditionalGeneration(config), tokenizer, folder, dtype)
     tokenizer.save_pretrained(folder)
     extractor: Any = WhisperFeatureExtractor(  # type: ignore[no-untyped-call]  # transformers does not annotate it
         feature_size=_MEL_BANDS, sampling_rate=RATE

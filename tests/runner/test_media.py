@@ -1,13 +1,13 @@
 """Do rows with images and sounds get the tokens that plain transformers gives for the same, and do bad ones fail alone?"""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, WhisperFeatureExtractor
+from transformers import AutoModelForMultimodalLM, WhisperFeatureExtractor
 
 from ollm_service.core.leasing import WorkRow
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
@@ -15,41 +15,22 @@ from ollm_service.core.passes import Applied, NotNeeded
 from ollm_service.core.plan import BackendId, PassId
 from ollm_service.core.wire import Execute
 from tests.runner.commands import answers, chat_row, first_outcomes, results_of, run, work_row
+from tests.runner.media_answers import IMAGES, MAKERS, NEW_TOKENS, PICTURES, SOUNDS, contents_of, plain
 from tests.runner.media_models import (
     RATE,
     TEKKEN_FIRST_BYTE,
     image_bytes,
     image_part,
-    save_gemma3,
-    save_llava,
     save_tekken_voxtral,
-    save_voxtral,
     sound_bytes,
     sound_part,
     text_part,
 )
 from tests.runner.planned import planned_command
 from workers.runner.engine import Engine
-from workers.runner.media.images import decode_image
 from workers.runner.media.sounds import decode_sound
 
-NEW_TOKENS = 8
 SEEING = RuntimeConfig(multimodal=True)
-MAKERS: Mapping[str, Callable[[Path], Path]] = {"gemma3": save_gemma3, "llava": save_llava, "voxtral": save_voxtral}
-Content = list[dict[str, Any]]
-IMAGES: Mapping[int, bytes] = {shade: image_bytes(shade) for shade in (3, 50, 90)}
-PICTURES: Sequence[Content] = (
-    [image_part(IMAGES[3]), text_part("what?")],
-    [image_part(IMAGES[50]), text_part("what?")],
-    [text_part("left "), image_part(IMAGES[3]), text_part(" right "), image_part(IMAGES[90]), text_part(" which?")],
-    [text_part("no image at all")],
-)
-SOUNDS: Sequence[Content] = (
-    [sound_part(sound_bytes(300)), text_part("what?")],
-    [sound_part(sound_bytes(2_000)), text_part("what?")],
-    [text_part("first "), sound_part(sound_bytes(300, 0.5)), sound_part(sound_bytes(900)), text_part(" which?")],
-    [text_part("no sound at all")],
-)
 
 
 @pytest.fixture(scope="module")
@@ -59,69 +40,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, make in MAKERS.items():
         make(root / name)
     return root
-
-
-def contents_of(name: str) -> Sequence[Content]:
-    """What is asked of a model."""
-    return SOUNDS if name == "voxtral" else PICTURES
-
-
-def plain(root: Path, name: str, content: Content) -> str:
-    """What transformers itself generates for one message alone, greedily, with the processor's files of the model."""
-    folder = root / name
-    inputs = heard(folder, content) if name == "voxtral" else seen(folder, content)
-    model: Any = AutoModelForMultimodalLM.from_pretrained(folder)
-    with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-
-
-def seen(folder: Path, content: Content) -> dict[str, Any]:
-    """A message with images through the model's processor."""
-    processor: Any = AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]  # not annotated
-    images = iter([decode_image(IMAGES[shade]) for shade in shades_in(content)])
-    shown = [part if part["type"] == "text" else {"type": "image", "image": next(images)} for part in content]
-    return dict(
-        processor.apply_chat_template(
-            [{"role": "user", "content": shown}],
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    )
-
-
-def shades_in(content: Content) -> list[int]:
-    """Which images a message brings."""
-    by_part = {image_part(data)["image_url"]["url"]: shade for shade, data in IMAGES.items()}
-    return [by_part[part["image_url"]["url"]] for part in content if part["type"] == "image_url"]
-
-
-def heard(folder: Path, content: Content) -> dict[str, Any]:
-    """A message with sounds: each is silence up to whole chunks of 32 features, which become 4 tokens a chunk."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    extractor: Any = WhisperFeatureExtractor.from_pretrained(folder)
-    chunks, text = [], "<s><|user|>"
-    by_sound = {sound_part(data)["input_audio"]["data"]: data for data in ALL_SOUNDS}
-    for part in content:
-        if part["type"] == "text":
-            text += part["text"]
-            continue
-        samples = decode_sound(by_sound[part["input_audio"]["data"]], RATE)
-        whole = -(-len(samples) // (32 * 160)) * 32 * 160
-        padded = torch.nn.functional.pad(torch.tensor(samples), (0, whole - len(samples)))
-        features = extractor(padded.numpy(), sampling_rate=RATE, padding=False, truncation=False, return_tensors="pt")
-        found = features["input_features"][0].split(32, dim=-1)
-        chunks += found
-        text += "[AUDIO]" * 4 * len(found)
-    inputs = tokenizer(text + "<|assistant|>", add_special_tokens=False, return_tensors="pt")
-    extra = {"input_features": torch.stack(chunks)} if chunks else {}
-    return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], **extra}
-
-
-ALL_SOUNDS = (sound_bytes(300), sound_bytes(2_000), sound_bytes(300, 0.5), sound_bytes(900))
 
 
 def asked(root: Path, name: str, rows: Sequence[WorkRow], **settings: Any) -> Execute:
@@ -183,7 +101,7 @@ def test_the_same_model_runs_in_other_ways(engine: Engine, root: Path, tmp_path:
         config,
         kv=KVCacheStrategy.PAGED if how == "paged" else KVCacheStrategy.RESIDENT,
         cache_dir=tmp_path,
-        disk_layers=(0, 1) if how in ("streamed", "vocabulary") else (),
+        disk_layers=(0, 1, 2) if how in ("streamed", "vocabulary") else (),
     )
     if how == "vocabulary":
         command = replace(command, placement=replace(command.placement, vocabulary_on_disk=True))

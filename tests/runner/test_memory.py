@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from workers.runner.memory import host_bytes, let_go_of_pages, peak_host_bytes
+from tests.runner.disks import is_on_a_disk
+from workers.runner.memory import disk_bytes, host_bytes, let_go_of_pages, peak_host_bytes
 
 MIB = 1024**2
 # Freeing 30 MiB teaches glibc to keep blocks of up to that size in its heap, where the last one holds all before it.
@@ -43,6 +44,24 @@ def test_what_is_freed_is_given_back() -> None:
 def test_the_peak_is_at_least_what_is_held() -> None:
     """Both are read, in bytes."""
     assert peak_host_bytes() >= host_bytes() > MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_what_moves_from_and_to_disks_is_counted(tmp_path: Path) -> None:
+    """In bytes: what is written, and what is read once it is not in the page cache any more."""
+    if not is_on_a_disk(tmp_path):
+        pytest.skip("the folder for temporary files is in memory")
+    path, size = tmp_path / "file", 8 * MIB
+    before = disk_bytes()
+    path.write_bytes(os.urandom(size))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.read()
+    after = disk_bytes()
+    assert before is not None
+    assert after is not None
+    assert all(size <= now - then < 3 * size for now, then in zip(after, before, strict=True))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own account of pages")

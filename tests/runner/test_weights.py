@@ -14,6 +14,7 @@ from ollm_service.core.passes import Applied, NotNeeded
 from ollm_service.core.plan import GenericModelKind, PassId
 from ollm_service.core.wire import AttemptFailed, Execute, Finished, Loaded
 from tests.runner.commands import answers, first_outcomes, make_command, of_kind, only, results_of, run, work_row
+from tests.runner.disks import is_on_a_disk
 from tests.runner.models import plain_greedy
 from tests.waiting import wait_for
 from workers.runner.engine import Engine
@@ -111,11 +112,15 @@ def test_weights_are_laid_out_once(families: Callable[[str], Path], tmp_path: Pa
     """A second runner, and another placement, read the extents that the first has written."""
     model = families("llama")
     order = command(model, tmp_path, (0, 1))
-    answers(Engine(), order)
+    first = only(run(Engine(), order), Finished).measured
     before = {path.name: path.stat().st_mtime_ns for path in weights_folder(order).iterdir()}
     assert {"weights.extents", "manifest.jsonl", "writer.lock"} == set(before)
-    answers(Engine(), command(model, tmp_path, (1,)))
-    assert before["weights.extents"] == (weights_folder(order) / "weights.extents").stat().st_mtime_ns
+    second = only(run(Engine(), command(model, tmp_path, (1,))), Finished).measured
+    extents = (weights_folder(order) / "weights.extents").stat()
+    assert before["weights.extents"] == extents.st_mtime_ns
+    if "disk_bytes_written" in first and is_on_a_disk(tmp_path):
+        assert first["disk_bytes_written"] >= extents.st_size > second["disk_bytes_written"]
+        assert second["disk_bytes_read"] >= second["weight_bytes_read"]
 
 
 def test_a_damaged_extent_is_made_again_when_it_is_loaded(families: Callable[[str], Path], tmp_path: Path) -> None:
