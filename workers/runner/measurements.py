@@ -6,11 +6,12 @@ from collections.abc import Sequence
 import torch
 
 from ollm_service.core.leasing import RowResult
-from workers.runner.memory import peak_host_bytes, reset_peak_host_bytes
+from workers.runner.memory import disk_bytes, peak_host_bytes, reset_peak_host_bytes
 
 
 class Measurements:
-    """Counts of one attempt. Peaks are those since generation started, the model's own weights included.
+    """Counts of one attempt. Peaks are those since generation started, the model's own weights included; what was read from disks
+    and written to them counts from the beginning, with the checkpoint and the extents that were made of it.
 
     `bare_host_bytes` is what the process took before it had a model; on the CPU the device's peak is what came on top of it, so
     that it can be held against an estimate.
@@ -18,6 +19,7 @@ class Measurements:
 
     def __init__(self, bare_host_bytes: int = 0) -> None:
         self._bare_host_bytes = bare_host_bytes
+        self._moved_before = disk_bytes()
         self.load_seconds = 0.0
         self.halvings = 0
         self._device = torch.device("cpu")
@@ -94,4 +96,8 @@ class Measurements:
             measured["peak_device_bytes"] = float(torch.cuda.max_memory_allocated(self._device))
         elif self._device.type == "cpu":
             measured["peak_device_bytes"] = float(max(0, peak - self._bare_host_bytes))
+        moved = disk_bytes()
+        if self._moved_before is not None and moved is not None:
+            read, written = (now - before for now, before in zip(moved, self._moved_before, strict=True))
+            measured |= {"disk_bytes_read": float(read), "disk_bytes_written": float(written)}
         return measured

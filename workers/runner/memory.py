@@ -1,4 +1,7 @@
-"""How much memory does this process use, how much is free, and was an error a lack of it? Sizes in bytes."""
+"""How much memory does this process use, how much is free, was an error a lack of it, and what moved from and to disks?
+
+Sizes are in bytes.
+"""
 
 import contextlib
 import ctypes
@@ -82,11 +85,26 @@ def free_host_bytes() -> int | None:
 def bytes_taken_in() -> int:
     """A number that changes while files are read or mapped in, 0 where the system does not tell."""
     try:
-        resident = int(_STATM.read_text().split()[1]) * _PAGE
-        read = next(int(line.split()[1]) for line in _IO.read_text().splitlines() if line.startswith("rchar:"))
-    except (OSError, StopIteration):
+        return int(_STATM.read_text().split()[1]) * _PAGE + _moved()["rchar"]
+    except (OSError, KeyError):
         return 0
-    return resident + read
+
+
+def disk_bytes() -> tuple[int, int] | None:
+    """What this process has had read from disks and written to them so far; None where the system does not tell.
+
+    What was in the page cache already is not read. What is written counts when it goes into the page cache.
+    """
+    try:
+        moved = _moved()
+        return moved["read_bytes"], moved["write_bytes"]
+    except (OSError, KeyError):
+        return None
+
+
+def _moved() -> dict[str, int]:
+    """The kernel's counts of this process, by name."""
+    return {name: int(count) for name, count in (line.split(": ") for line in _IO.read_text().splitlines())}
 
 
 def _mappings(names: Collection[str]) -> Iterator[tuple[int, int]]:
