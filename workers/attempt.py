@@ -159,30 +159,31 @@ class Attempt:
         missing = [row for row in work.rows if row.row in self._missing]
         of_image = profile.most_image_tokens
         lengths = [most_tokens(request_of(row), row.generation.max_new_tokens, of_image) for row in missing]
+        bounds = RowBounds(
+            longest=max(lengths, default=1),
+            longest_prompt=max((most_prompt_tokens(request_of(row), of_image) for row in missing), default=1),
+            shortest=min(lengths, default=1),
+            count=len(missing),
+            are_sampled=not all(row.generation.is_greedy for row in missing),
+        )
         placed = place(
             self._plan,
             profile,
             work.config,
             work.requirements,
             self._around.capabilities(),
-            self._companions.beside(self._around.live(self._slot), lengths),
-            RowBounds(
-                longest=max(lengths, default=1),
-                longest_prompt=max((most_prompt_tokens(request_of(row), of_image) for row in missing), default=1),
-                shortest=min(lengths, default=1),
-                count=len(missing),
-                are_sampled=not all(row.generation.is_greedy for row in missing),
-            ),
+            self._companions.beside(self._around.live(self._slot), bounds),
+            bounds,
             micro_batch_limit=work.micro_batch_limit,
         )
         if isinstance(placed, Unplaceable):
             self._decline(placed.reason)
             return False
         self._placement = placed
-        longest = min(max(lengths, default=1), profile.most_row_tokens or max(lengths, default=1))
+        longest = min(bounds.longest, profile.most_row_tokens or bounds.longest)
         is_partial = placed.longest_row_tokens is not None and placed.longest_row_tokens < longest
         self._too_long = Unplaceable(refused=placed.refused) if is_partial else None
-        beside = self._companions.device_bytes(placed.device_id, lengths)
+        beside = self._companions.device_bytes(placed.device_id, bounds)
         self._slot.reserve(placed.device_id, placed.process_bytes + beside)
         return self._hand_over(profile, placed)
 

@@ -3,14 +3,15 @@
 Both are named by their place in the models root. A worker that lacks one leaves the plan to others.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ollm_service.core.adapters import Adapter
 from ollm_service.core.capabilities import LiveState
-from ollm_service.core.estimates import draft_bytes
+from ollm_service.core.draft_model import NoDraftModel, beside_draft, draft_among, draft_bytes
 from ollm_service.core.options import RuntimeConfig
+from ollm_service.core.placement import RowBounds
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.reference import inner_path
 from ollm_service.inspection import inspect_adapter
@@ -34,31 +35,26 @@ class Companions:
         """Which draft it is."""
         return None if self.draft is None else self.draft.digest
 
-    def device_bytes(self, device_id: str, row_lengths: Sequence[int]) -> int:
-        """What a device has to hold of it beside a model that answers rows of so many tokens."""
-        if self.draft is None:
-            return 0
-        kind = device_id.partition(":")[0]
-        return draft_bytes(self.draft, kind, rows=len(row_lengths), tokens=max(row_lengths, default=1))
+    def device_bytes(self, device_id: str, bounds: RowBounds) -> int:
+        """What a device has to hold of it beside a model that answers such rows."""
+        return 0 if self.draft is None else draft_bytes(self.draft, device_id, bounds)
 
-    def beside(self, live: LiveState, row_lengths: Sequence[int]) -> LiveState:
+    def beside(self, live: LiveState, bounds: RowBounds) -> LiveState:
         """What is free for the model then."""
-        free = {device: size - self.device_bytes(device, row_lengths) for device, size in live.device_free_bytes.items()}
-        return replace(live, device_free_bytes=free)
+        return beside_draft(live, self.draft, bounds)
 
 
 def companions_here(models_dir: Path, models: Iterable[ModelProfile], config: RuntimeConfig) -> Companions:
     """What the options name, as this worker has it. Raises FileNotFoundError, saying what is missing, and BrokenCheckpoint."""
-    adapter = draft = None
+    adapter = None
     if config.adapter_dir is not None:
         path = PurePosixPath(inner_path(config.adapter_dir, raw=config.adapter_dir, param="adapter_dir"))
         try:
             adapter = inspect_adapter(models_dir, path)
         except FileNotFoundError as absent:
             raise FileNotFoundError(f"the adapter {absent}") from absent
-    if config.draft_model is not None:
-        path = PurePosixPath(inner_path(config.draft_model, raw=config.draft_model, param="draft_model"))
-        draft = next((model for model in models if str(model.path) == str(path)), None)
-        if draft is None:
-            raise FileNotFoundError(f"the draft model {config.draft_model} is not in this worker's models folder")
+    try:
+        draft = draft_among(models, config)
+    except NoDraftModel as absent:
+        raise FileNotFoundError(str(absent)) from absent
     return Companions(models_dir=models_dir, adapter=adapter, draft=draft)

@@ -9,6 +9,7 @@ from ollm_service.coordinator.submission import ROWS_PER_PLAN
 from ollm_service.core.capabilities import Capabilities, LiveState
 from ollm_service.core.conflicts import Ask, Conflicts, Demand, DemandKind, WayOut, find_conflicts, longest_fitting
 from ollm_service.core.content import MOST_IMAGE_TOKENS
+from ollm_service.core.draft_model import NoDraftModel, beside_draft, draft_among
 from ollm_service.core.labels import ANY
 from ollm_service.core.lifecycle import ExecutionState
 from ollm_service.core.matching import NoMatch, match
@@ -237,7 +238,10 @@ def _standing(ask: Ask | PlanView, there: WorkerView, now_ms: int) -> Standing:
         return replace(found, reasons=verdict.reasons)
     if isinstance(ask, PlanView) or ask.profile is None:
         return found
-    now = _place(ask, ask.profile, offered, live_when_its_turn_comes(there))
+    try:
+        now = _place(ask, ask.profile, offered, live_when_its_turn_comes(there))
+    except NoDraftModel as absent:
+        return replace(found, reasons=(str(absent),))
     when_free = now if isinstance(now, Placement) else _place(ask, ask.profile, offered, _idle(offered))
     return replace(
         found,
@@ -248,7 +252,8 @@ def _standing(ask: Ask | PlanView, there: WorkerView, now_ms: int) -> Standing:
 
 
 def _place(ask: Ask, profile: ModelProfile, offered: Capabilities, live: LiveState) -> Placement | Unplaceable:
-    return place(ask.plan, profile, ask.config, ask.requirements, offered, live, ask.rows)
+    free = beside_draft(live, draft_among(offered.models, ask.config), ask.rows)
+    return place(ask.plan, profile, ask.config, ask.requirements, offered, free, ask.rows)
 
 
 def _idle(offered: Capabilities) -> LiveState:

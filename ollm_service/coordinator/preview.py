@@ -103,8 +103,9 @@ def _quote(
     candidates = [
         Candidate(name=there.node, capabilities=there.capabilities, live=live_when_its_turn_comes(there)) for there in workers
     ]
+    held = (profile, *(model for there in workers for model in there.capabilities.models))
     for wanted in imagined:
-        name, offered, live = hypothetical(wanted, profile)
+        name, offered, live = hypothetical(wanted, held)
         example = _example(workers)
         offered = offered if example is None else as_offered_by(offered, example.capabilities)
         candidates.append(Candidate(name=name, capabilities=offered, live=live, is_hypothetical=True))

@@ -62,7 +62,6 @@ from types import MappingProxyType
 
 from ollm_service.core.layout import Layout
 from ollm_service.core.pack_memory import kv_file_bytes, pack_moment
-from ollm_service.core.packing import MOST_DRAFTED_ROWS
 from ollm_service.core.padded_memory import answer_moment, prompt_moment
 from ollm_service.core.passing import (
     HOST_SLOTS,
@@ -132,13 +131,6 @@ def estimate_memory(
         masks=moment.masks,
         host=0 if on_cpu else host,
     )
-
-
-def draft_bytes(profile: ModelProfile, device_kind: str, *, rows: int, tokens: int) -> int:
-    """What a draft model takes of a device beside the model for which it guesses, for so many rows of so many tokens."""
-    layout = Layout(device_kind=device_kind, is_sampled=False, is_packed=True, may_share=False)
-    needed = estimate_memory(profile, layout, rows=min(rows, MOST_DRAFTED_ROWS), tokens=tokens)
-    return needed.device_bytes - needed.workspace
 
 
 def _workspace(profile: ModelProfile, layout: Layout) -> int:

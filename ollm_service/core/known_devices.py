@@ -4,7 +4,7 @@ Memory rates in bytes per second and dense arithmetic in operations per second, 
 of them is another matter, which the efficiencies in `rates` stand for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -50,8 +50,8 @@ KNOWN_DEVICES: Mapping[str, Device] = MappingProxyType(
 )
 
 
-def hypothetical(wanted: str | Mapping[str, Any], model: ModelProfile) -> tuple[str, Capabilities, LiveState]:
-    """A machine that has this model and can do all that is known: its name, what it offers and what it has free.
+def hypothetical(wanted: str | Mapping[str, Any], models: Sequence[ModelProfile]) -> tuple[str, Capabilities, LiveState]:
+    """A machine that has these models and can do all that is known: its name, what it offers and what it has free.
 
     `wanted` is a name of KNOWN_DEVICES, or an object with the fields of Device and perhaps `host_memory_bytes`, `slots` and
     `labels`. Raises InvalidOption.
@@ -75,7 +75,7 @@ def hypothetical(wanted: str | Mapping[str, Any], model: ModelProfile) -> tuple[
         kv_strategies=dict.fromkeys(KVCacheStrategy),
         quantizations=dict.fromkeys(QUANTIZATION_LIBRARIES),
         modalities=dict.fromkeys(ModelModality),
-        models=(model,),
+        models=tuple(models),
         cache_disk=DISK,
         labels=labels,
     )

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from ollm_service.core.capabilities import Capabilities, Device, LiveState
 from ollm_service.core.dealing import Pile
+from ollm_service.core.draft_model import NoDraftModel, beside_draft, draft_among
 from ollm_service.core.leaving import is_routed
 from ollm_service.core.matching import NoMatch, match
 from ollm_service.core.options import RuntimeConfig
@@ -106,11 +107,6 @@ class Work:
     def longest(self) -> int:
         """The tokens of the longest row; 1 where there is none."""
         return self.lengths[-1] if self.lengths else 1
-
-    @property
-    def most_context(self) -> int:
-        """The tokens that no row may exceed, on any machine."""
-        return self.job.profile.most_row_tokens or self.longest
 
     def share(self, luck: bool | None) -> float:
         """The part of the allowed tokens that is made: expected, or with good or bad luck."""
@@ -226,15 +222,13 @@ def _worker_quote(work: Work, candidate: Candidate, attempts: Sequence[MeasuredA
     found = match(job.requirements, capabilities)
     if isinstance(found, NoMatch):
         return WorkerQuote(name=candidate.name, is_hypothetical=candidate.is_hypothetical, refused=found.reasons)
-    placed = place(
-        job.plan,
-        job.profile,
-        job.config,
-        job.requirements,
-        capabilities,
-        candidate.live,
-        _bounds(work),
-    )
+    bounds = _bounds(work)
+    try:
+        draft = draft_among(capabilities.models, job.config)
+    except NoDraftModel as absent:
+        return WorkerQuote(name=candidate.name, is_hypothetical=candidate.is_hypothetical, refused=(str(absent),))
+    live = beside_draft(candidate.live, draft, bounds)
+    placed = place(job.plan, job.profile, job.config, job.requirements, capabilities, live, bounds)
     if isinstance(placed, Unplaceable):
         return WorkerQuote(name=candidate.name, is_hypothetical=candidate.is_hypothetical, refused=(placed.reason,))
     device = next(device for device in capabilities.devices if device.device_id == placed.device_id)
@@ -247,7 +241,7 @@ def _worker_quote(work: Work, candidate: Candidate, attempts: Sequence[MeasuredA
         is_hypothetical=candidate.is_hypothetical,
         placement=placed,
         device=device,
-        free_bytes=candidate.live.device_free_bytes.get(device.device_id, 0),
+        free_bytes=live.device_free_bytes.get(device.device_id, 0),
         rate=rate or probed_rate(job.profile, device, disk_rate=disk_rate, run=_run(work, placed, capabilities)),
         left_out_rows=0 if longest is None else work.row_count - bisect_right(work.lengths, longest),
         longest_row_tokens=longest,

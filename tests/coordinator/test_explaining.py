@@ -69,6 +69,14 @@ def test_long_rows_are_told_apart_from_those_that_fit(service: Service) -> None:
     assert explain_job(service, job.job_id, DEFAULT_TENANT).rows_left == {ExecutionState.QUEUED: 2}
 
 
+def test_a_draft_model_that_a_worker_lacks_is_told(service: Service) -> None:
+    """The worker has the model and the room; what it has not is named."""
+    new_worker(service.store, "attic", models=(MODEL,))
+    job = submitted(service, ["a"], runtime={"draft_model": "small/draft"})
+    (standing,) = only(service, job).workers
+    assert standing.reasons == ("the draft model small/draft is not in this worker's models folder",)
+
+
 def test_a_plan_that_fits_has_nothing_in_its_way(service: Service) -> None:
     """It waits its turn; how a worker would run it is told."""
     new_worker(service.store, "attic", models=(MODEL,))

@@ -1,6 +1,7 @@
 """What does a preview promise, and does a submission keep it?"""
 
 from dataclasses import replace
+from pathlib import PurePosixPath
 from typing import Any
 
 import pytest
@@ -136,6 +137,21 @@ def test_an_imagined_machine_takes_its_share(service: Service) -> None:
             asked(service, if_workers=[wrong])
     with pytest.raises(InvalidOption, match="if: a device needs memory_bytes"):
         asked(service, if_workers=[{"name": "mine"}])
+
+
+def test_an_imagined_machine_has_the_draft_model_that_some_worker_has(service: Service) -> None:
+    """Who lacks it says so; an imagined machine has what the fleet has, and lacks what nobody has."""
+    draft = replace(MODEL, name="draft", path=PurePosixPath("small/draft"), digest="e" * 64)
+    fast_worker(service)
+    new_worker(service.store, "cellar", models=(MODEL, draft), devices=(FAST,))
+    refusals = {}
+    for name in ("small/draft", "nowhere"):
+        quote = asked(service, runtime={"draft_model": name}, if_workers=["h200"]).quote
+        assert quote is not None
+        refusals[name] = {part.name: part.refused for part in quote.workers}
+    lacks = ("the draft model small/draft is not in this worker's models folder",)
+    assert refusals["small/draft"] == {"attic": lacks, "cellar": (), "if h200": ()}
+    assert all("draft model nowhere" in reasons[0] for reasons in refusals["nowhere"].values())
 
 
 def test_an_imagined_machine_runs_the_kinds_of_models_that_the_fleet_runs(service: Service) -> None:

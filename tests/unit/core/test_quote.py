@@ -142,6 +142,22 @@ def test_whoever_cannot_run_it_says_why_and_gets_nothing() -> None:
     assert [part.share for part in helped.workers] == [0, 0, 1]
 
 
+def test_a_draft_model_takes_its_room_of_the_device() -> None:
+    """A worker without the draft takes no part, and says so; one that has it has less room for the model."""
+    draft = replace(PROFILE, name="draft", path=PurePosixPath("small/draft"), digest="e" * 64, weight_bytes=100_000_000)
+    wanted = replace(job(), config=RuntimeConfig(draft_model="small/draft"))
+    roomy = worker("roomy", models=(PROFILE, draft))
+    with_draft, without = quote(wanted, [roomy, worker("other")], []).workers
+    assert without.refused == ("the draft model small/draft is not in this worker's models folder",)
+    assert with_draft.placement is not None
+    assert quote(job(), [roomy], []).workers[0].free_bytes - with_draft.free_bytes > draft.weight_bytes
+    tight = worker("tight", int(1.5 * GIB), models=(PROFILE, draft))
+    alone, beside = (quote(asked, [tight], []).workers[0].placement for asked in (job(), wanted))
+    assert alone is not None
+    assert beside is not None
+    assert beside.micro_batch < alone.micro_batch
+
+
 def test_rows_too_long_for_a_worker_are_counted() -> None:
     """One row that no worker holds is told, and does not hide the rest."""
     long = replace(job(), rows=[*job(10).rows, RowSize(prompt_bytes=12_000, max_new_tokens=900)])
