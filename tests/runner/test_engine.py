@@ -1,8 +1,11 @@
 """What becomes of a plan: a warm or a fresh model, a stop, a lack of memory, a folder that does not load?"""
 
+import gc
 import json
 import shutil
 import threading
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from ollm_service.core.wire import (
     AttemptFailed,
     BatchDone,
     BatchStarted,
+    Execute,
     Finished,
     Loaded,
     Message,
@@ -25,12 +29,12 @@ from ollm_service.core.wire import (
 from tests.runner.commands import make_command, of_kind, only, results_of, run, work_row
 from tests.runner.models import plain_greedy
 from workers.runner.attempt import Attempt
-from workers.runner.backends import generic
+from workers.runner.backends import generic, native
 from workers.runner.engine import Engine
 from workers.runner.memory import is_out_of_memory
 from workers.runner.model import LoadedModel
 from workers.runner.passes.mlp_chunking import MlpChunking
-from workers.runner.passes.specialization import AppliedPasses
+from workers.runner.passes.specialization import AppliedPasses, SpecializationPass
 from workers.runner.progress import Pulse
 
 
@@ -42,6 +46,28 @@ def test_a_warm_model_is_not_loaded_again(llama: Path, model_dirs: dict[str, Pat
     assert only(runs[1], Loaded).seconds == 0
     texts = [results_of(messages)[0].text for messages in runs]
     assert texts[0] == texts[1] == texts[3] != texts[2]
+
+
+def test_a_model_is_gone_before_the_next_one_is_loaded(llama: Path, model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing of a plan with passes holds its model: on a small machine both would not fit."""
+    held: list[weakref.ref[Any]] = []
+
+    def watched(model: LoadedModel, command: Execute) -> Sequence[SpecializationPass]:
+        held.append(weakref.ref(model.module))
+        return native.planned_passes(model, command)
+
+    engine, loading = Engine(watched), []
+
+    def report(message: Message) -> None:
+        if isinstance(message, Loaded):
+            gc.collect()
+            loading.append([ref() is None for ref in held])
+
+    passes = (PassId.DISK_CACHE, PassId.CPU_OFFLOAD, PassId.MLP_CHUNKING)
+    first = make_command(llama, [work_row(0, "x")], passes=passes, cache_dir=tmp_path, disk_layers=(0, 1))
+    for command in (first, make_command(model_dirs["gpt2"], [work_row(0, "x")])):
+        engine.execute(command, report, threading.Event())
+    assert loading == [[], [True]]
 
 
 def test_measured_counts_add_up(engine: Engine, llama: Path) -> None:

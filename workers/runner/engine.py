@@ -63,8 +63,9 @@ class Engine:
         report(last)
 
     def abandon(self) -> None:
-        """Undo the passes of the current plan, if there is one, and delete its files."""
+        """Undo the passes of the current plan, if there is one, and delete its files. They hold its model no longer."""
         self._passes.undo()
+        self._passes = AppliedPasses(())
 
     def _carry_out(self, attempt: Attempt) -> Message:
         """Returns the last message."""
