@@ -131,6 +131,17 @@ def test_rows_keep_their_own_settings(engine: Engine, root: Path, name: str) -> 
     assert alone[2].text == found[2].text
 
 
+def test_text_is_answered_beside_an_image_that_is_too_much(engine: Engine, root: Path) -> None:
+    """The row with the image is beyond the context and runs nowhere; the pass had nothing to do, which fails nothing."""
+    long = chat_row(0, [image_part(IMAGES[3]), text_part("x" * 2_000)], max_new_tokens=2)
+    messages = run(engine, asked(root, "gemma3", [long, chat_row(1, "what?", max_new_tokens=2)]))
+    found = results_of(messages)
+    assert found[0].error is not None
+    assert found[0].error.code == "context_length_exceeded"
+    assert found[1].error is None
+    assert isinstance(first_outcomes(messages)[PassId.MULTIMODAL_SHELL], NotNeeded)
+
+
 BOMB = image_bytes(1, "BMP", (8, 8))
 # The same file, which claims 30,000 × 30,000 pixels.
 BOMB = BOMB[:18] + (30_000).to_bytes(4, "little") * 2 + BOMB[26:]
