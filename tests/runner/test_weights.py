@@ -1,6 +1,7 @@
 """Does a model of which layers come from disk answer as the whole one does, and what if those files are damaged?"""
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -129,6 +130,47 @@ def test_a_damaged_extent_is_made_again_when_it_is_loaded(families: Callable[[st
     right = answers(Engine(), order)
     flip_a_bit(weights_folder(order), at=100)
     assert answers(Engine(), order) == right
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_extents_that_were_cut_short_are_made_again(families: Callable[[str], Path], tmp_path: Path, is_gone: bool) -> None:
+    """What the manifest lists and the file does not hold is written again, not filled with nothing: the same attempt answers."""
+    order = command(families("llama"), tmp_path, (0, 1))
+    right = answers(Engine(), order)
+    path = weights_folder(order) / "weights.extents"
+    if is_gone:
+        path.unlink()
+    else:
+        os.truncate(path, path.stat().st_size - ALIGNMENT)
+    assert answers(Engine(), order) == right
+
+
+def test_who_meets_a_bad_extent_does_not_delete_what_another_has_made_anew(tmp_path: Path) -> None:
+    """A runner that still reads the old file leaves the new one alone."""
+    for number in range(2):
+        writer = ExtentWriter(tmp_path, ORIGIN)
+        writer.append("layer", [("weight", torch.full((8,), float(number)))], nothing)
+        writer.finish()
+        writer.close()
+        if number == 0:
+            old = ExtentFile(tmp_path, ORIGIN)
+            old.delete()
+    assert isinstance(old.refusal(CorruptExtents("x")), AttemptEnded)
+    assert ExtentFile(tmp_path, ORIGIN).extents.keys() == {"layer"}
+
+
+def test_a_manifest_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    """Who goes on with a full disk keeps what was done before, and leaves no file open."""
+    writer = ExtentWriter(tmp_path, ORIGIN)
+    writer.append("layer", [("weight", torch.ones(8))], nothing)
+    writer.finish()
+    writer.close()
+    (tmp_path / "manifest.jsonl.part").mkdir()
+    opened = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 0
+    with pytest.raises(OSError, match="directory"):
+        ExtentWriter(tmp_path, ORIGIN)
+    assert not opened or len(os.listdir("/proc/self/fd")) == opened
+    assert ExtentFile(tmp_path, ORIGIN).extents.keys() == {"layer"}
 
 
 def test_a_damaged_extent_found_while_streaming_ends_the_attempt_and_not_the_next(

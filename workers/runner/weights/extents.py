@@ -130,15 +130,25 @@ class ExtentWriter:
     """Writes extents into a folder that it owns, beginning behind those that are there already. Close it in any case."""
 
     def __init__(self, folder: Path, origin: Origin) -> None:
-        """Raises OSError."""
+        """What the manifest lists beyond the end of the file is to be written again. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.written, lines = _read_manifest(folder, origin)
+        listed, _ = _read_manifest(folder, origin)
         self._unsettled: list[Extent] = []
-        self._end = max((extent.offset + extent.size for extent in self.written.values()), default=0)
-        self._data = os.open(folder / DATA, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._manifest = os.open(folder / _MANIFEST, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        os.ftruncate(self._data, self._end)
-        self._note(*(lines or [origin.header()]))
+        with contextlib.ExitStack() as undone:
+            self._data = os.open(folder / DATA, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            undone.callback(os.close, self._data)
+            there = os.fstat(self._data).st_size
+            self.written = {name: extent for name, extent in listed.items() if extent.offset + extent.size <= there}
+            self._end = max((extent.offset + extent.size for extent in self.written.values()), default=0)
+            os.ftruncate(self._data, self._end)
+            # Under another name until it is whole: on a full disk the old one stays, and with it what was done.
+            part = folder / f"{_MANIFEST}.part"
+            self._manifest = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            undone.callback(os.close, self._manifest)
+            undone.callback(part.unlink, missing_ok=True)
+            self._note(origin.header(), *map(_line_of, self.written.values()))
+            part.replace(folder / _MANIFEST)
+            undone.pop_all()
 
     def append(
         self, name: str, tensors: Iterable[tuple[str, Tensor]], visit: Callable[[], None], first: int | None = None
@@ -200,8 +210,8 @@ class ExtentWriter:
 
     def _note(self, *entries: Mapping[str, Any]) -> None:
         lines = b"".join(json.dumps(entry, separators=(",", ":")).encode() + b"\n" for entry in entries)
-        if os.write(self._manifest, lines) != len(lines):
-            raise OSError("the disk is full")
+        while lines:
+            lines = lines[os.write(self._manifest, lines) :]
         os.fsync(self._manifest)
 
 
@@ -291,8 +301,13 @@ class ExtentFile:
             self.bytes_read += size
 
     def delete(self) -> None:
-        """Delete the files of the folder; whoever has them open can go on reading. Raises OSError."""
-        delete_extents(self._folder)
+        """Delete the files of the folder, unless another runner has made them anew since; who has them open can go on reading.
+
+        Raises OSError.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._fd), (self._folder / DATA).stat()):
+                delete_extents(self._folder)
 
     def refusal(self, error: CorruptExtents) -> Exception:
         """What to raise when a piece has changed. These are our own: they are deleted, so that they are made again."""

@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -74,16 +74,19 @@ def forget_extents(folder: Path, visit: Callable[[], None]) -> None:
 def _repack(
     model_dir: Path, folder: Path, origin: Origin, kind: GenericModelKind | None, weight_bytes: int, visit: Callable[[], None]
 ) -> None:
-    writer, scratch = ExtentWriter(folder, origin), folder / SCRATCH
+    scratch = folder / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)  # of a writer that was killed; the lock is ours
     try:
-        shutil.rmtree(scratch, ignore_errors=True)  # of a writer that was killed; the lock is ours
-        there = sum(extent.size for extent in writer.written.values())
-        needed, free = int(weight_bytes * ROOM_FACTOR) - there, shutil.disk_usage(folder).free
-        if needed > free:
-            raise NoRoomForExtents(f"{needed:,} bytes are needed in {folder} to lay the weights out by layers, {free:,} are free")
-        scratch.mkdir()
-        module, loader = loaded_on_disk(model_dir, scratch, kind)
-        write_model(writer, module, loader, visit)
+        with closing(ExtentWriter(folder, origin)) as writer:
+            there = sum(extent.size for extent in writer.written.values())
+            needed, free = int(weight_bytes * ROOM_FACTOR) - there, shutil.disk_usage(folder).free
+            if needed > free:
+                raise NoRoomForExtents(
+                    f"{needed:,} bytes are needed in {folder} to lay the weights out by layers, {free:,} are free"
+                )
+            scratch.mkdir()
+            module, loader = loaded_on_disk(model_dir, scratch, kind)
+            write_model(writer, module, loader, visit)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -91,7 +94,6 @@ def _repack(
             f"{error.strerror} in {folder}, where the weights are laid out by layers. Make room, and it goes on from there."
         ) from error
     finally:
-        writer.close()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
