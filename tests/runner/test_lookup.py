@@ -12,9 +12,10 @@ from workers.runner.packed.lookup import SHORTEST_MATCH, Lookup
 @given(st.lists(st.integers(0, 3), max_size=60), st.lists(st.integers(0, 3), max_size=30), st.integers(0, 40))
 def test_a_guess_is_what_followed_the_newest_tokens_before(text: list[int], more: list[int], most: int) -> None:
     """It stands in the text behind the same last tokens, and is no longer than was asked for."""
-    lookup = Lookup(text)
-    lookup.extend(more)
-    whole = text + more
+    whole = list(text)
+    lookup = Lookup(whole)
+    lookup.guess(most)
+    whole += more
     guess = lookup.guess(most)
     assert len(guess) <= min(most, MOST_TRIED_TOKENS)
     if guess:

@@ -182,7 +182,7 @@ def seeing_ahead(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: 
     for number, (begin, end) in enumerate(spans):
         group_T[begin:end] = number
     place_T = torch.arange(tokens, device=query_ALD.device)
-    rows = max(1, MOST_CELLS // tokens)
+    rows = max(1, rule.most_cells // tokens)
     pieces = []
     for start in range(0, tokens, rows):
         place_L, group_L = place_T[start : start + rows, None], group_T[start : start + rows, None]

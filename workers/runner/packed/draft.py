@@ -5,7 +5,7 @@ together: first over what is certain since it guessed last, then a token at a ti
 its cache when it is asked again. It never decides a token.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -24,9 +24,10 @@ _MORE_TOKENS = 128
 class DraftModel:
     """A model that guesses for one attempt's rows, each known by a key."""
 
-    def __init__(self, module: PreTrainedModel, device: torch.device) -> None:
-        """Raises TypeError for a model of layers that no cache of ours can keep."""
-        self._packed = PackedModel(module, device)
+    def __init__(self, module: PreTrainedModel, device: torch.device, visit: Callable[[], None] = lambda: None) -> None:
+        """`visit` is called before and inside each of its passes. Raises TypeError for layers that no cache can keep."""
+        self._visit = visit
+        self._packed = PackedModel(module, device, visit=visit)
         self._layers = [module.get_submodule(name) for name in layer_names(module)]
         self._cache = PackCache(layers_of(module))
         config = module.config.get_text_config(decoder=True)
@@ -62,6 +63,7 @@ class DraftModel:
         """So many tokens that may follow each of these texts. Whatever the model raises passes through."""
         rows = {key: self._caught_up(key, text) for key, text in texts.items()}
         for _ in range(most if rows else 0):
+            self._visit()
             pack = Pack()
             for row in rows.values():
                 pack.add(row, wanted=1, is_prompt=not row.cached)
@@ -70,6 +72,10 @@ class DraftModel:
                 row.cached = len(row.tokens)
                 row.tokens.append(token)
         return {key: row.tokens[len(texts[key]) :] for key, row in rows.items()}
+
+    def knows(self, key: Hashable) -> bool:
+        """Whether it has read the text's beginning."""
+        return key in self._texts
 
     def forget(self, key: Hashable) -> None:
         """This text ends."""

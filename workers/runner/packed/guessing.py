@@ -56,7 +56,7 @@ class Guesser:
 
     def __init__(self, text: Sequence[int]) -> None:
         self.text = list(text)
-        self.lookup = Lookup(text)
+        self.lookup = Lookup(self.text)
         self.of_text, self.of_draft = Trust(), Trust()
         self._asked: Trust | None = None
 
@@ -68,7 +68,6 @@ class Guesser:
     def learn(self, tokens: Sequence[int], tried: int, right: int) -> None:
         """These tokens are certain now; so many were tried for them."""
         self.text += tokens
-        self.lookup.extend(tokens)
         for trust in (self.of_text, self.of_draft):
             trust.go_on(len(tokens))
         if tried and self._asked is not None:
@@ -114,10 +113,12 @@ class Guesses:
         most = min(USUAL_GUESS_TOKENS, spare // len(without) if without else 0)
         if most < 1 or len(rows) > MOST_DRAFTED_ROWS:
             return
+        has_read = all(draft.knows(guesser) for _, guesser in without)
         began = self._clock()
         guesses = draft.guess({guesser: guesser.text for _, guesser in without}, most)
-        spent = (self._clock() - began) / (most * len(without))
-        self._draft_seconds += NEWEST_WEIGHT * (spent - self._draft_seconds) if self._draft_seconds else spent
+        if has_read:  # a prompt is read once, which says nothing of what a guess costs
+            spent = (self._clock() - began) / (most * len(without))
+            self._draft_seconds += NEWEST_WEIGHT * (spent - self._draft_seconds) if self._draft_seconds else spent
         for number, guesser in without:
             known = takewhile(lambda token: token < self._vocabulary, guesses[guesser][: rows[number][1]])
             found[number] = guesser.ask(guesser.of_draft, list(known))

@@ -107,7 +107,7 @@ class PackedLoop:
         self._started = started
         self._packed = PackedModel(model.module, model.device, visit=pulse)
         vocabulary = model.module.config.get_text_config(decoder=True).vocab_size
-        self._guesses = Guesses(None if model.draft is None else DraftModel(model.draft, model.device), vocabulary)
+        self._guesses = Guesses(None if model.draft is None else DraftModel(model.draft, model.device, visit=pulse), vocabulary)
         self._tries_ahead, self._is_trying = tries_ahead, False
         self._waiting = WaitingRows(())
         self._running: list[RunningRow] = []
@@ -129,6 +129,8 @@ class PackedLoop:
                 yield self._pass(cache)
 
     def _admit(self, cache: PackCache) -> None:
+        if not all(row.has_begun for row in self._running):
+            return  # one that was held back joins first: more prompts beside its own would be too many tokens
         taken = self._waiting.take(self._most_rows - len(self._running), MOST_PACK_TOKENS, others_run=bool(self._running))
         if taken:
             self._running += [self._begun(waiting, may_try=self._tries_ahead and cache.can_go_back) for waiting in taken]
@@ -162,21 +164,31 @@ class PackedLoop:
         """One forward pass, and the tokens that it gives."""
         began, pack = time.monotonic(), Pack()
         pairs = self._fill(pack)
+        filled = time.monotonic()
         joining = [row.answer.row for row, segment in pairs if segment.is_prompt]
         logits_MV = self._packed.logits(pack, cache, features_of(joining, self._model.module))
         tokens, are_numbers = self._choose(logits_MV, pairs)
         del logits_MV
         for segment in pack.segments:
             segment.sequence.cached = len(segment.sequence.tokens)
-        place = new_tokens = 0
+        place = step_tokens = 0
         for row, segment in pairs:
             end = place + segment.wanted
             accepted = row.accept(segment, tokens[place:end], are_numbers[place:end])
             if accepted < segment.wanted and not row.answer.is_complete:
                 cache.truncate(row.sequence)
-            new_tokens += accepted
+            self._pulse.tokens += accepted
+            step_tokens += 0 if segment.is_prompt else accepted
             place = end
-        self._count(pack, pairs, new_tokens, time.monotonic() - began)
+        ended = time.monotonic()
+        self._count(pack, pairs, step_tokens, ended - began)
+        steps = [segment for _, segment in pairs if not segment.is_prompt]
+        self._guesses.costs.note(
+            prompt_tokens=_prompt_tokens(pack),
+            rows=len(steps),
+            tokens=sum(segment.length for segment in steps),
+            seconds=ended - filled,  # what a draft took is another cost
+        )
 
     def _fill(self, pack: Pack) -> list[tuple[RunningRow, Segment]]:
         """Put into the pack what is to be computed; the rows, and where each is.
@@ -220,22 +232,16 @@ class PackedLoop:
                 tokens[place] = token
         return tokens, (~largest_M.isnan()).tolist()
 
-    def _count(self, pack: Pack, pairs: Sequence[tuple[RunningRow, Segment]], new_tokens: int, seconds: float) -> None:
-        steps = [segment for _, segment in pairs if not segment.is_prompt]
-        prompts = [row for row, segment in pairs if segment.is_prompt]
-        computed = sum(segment.length for segment in pack.segments if segment.is_prompt)
-        given = sum(len(row.answer.row.tokens) for row in prompts)
-        self._pulse.tokens += new_tokens
+    def _count(self, pack: Pack, pairs: Sequence[tuple[RunningRow, Segment]], step_tokens: int, seconds: float) -> None:
+        given = sum(len(row.answer.row.tokens) for row, segment in pairs if segment.is_prompt)
         self._measurements.count_pass(
             prompt_tokens=given,
-            shared_tokens=given - computed,
+            shared_tokens=given - _prompt_tokens(pack),
             rows=len(pairs),
-            new_tokens=new_tokens - len(prompts),
-            tried_tokens=sum(segment.wanted - 1 for segment in steps),
+            new_tokens=step_tokens,
+            tried_tokens=sum(segment.wanted - 1 for _, segment in pairs if not segment.is_prompt),
             seconds=seconds,
         )
-        tokens = sum(segment.length for segment in steps)
-        self._guesses.costs.note(prompt_tokens=computed, rows=len(steps), tokens=tokens, seconds=seconds)
 
     def _let_go(self, cache: PackCache) -> list[RowResult]:
         """Make room where rows have their answer."""
@@ -280,3 +286,8 @@ class PackedLoop:
         self._most_rows = max(1, len(stopped) // 2)
         self._waiting.put_back(row.waiting for row in stopped)
         return []
+
+
+def _prompt_tokens(pack: Pack) -> int:
+    """How many tokens of prompts are computed."""
+    return sum(segment.length for segment in pack.segments if segment.is_prompt)
