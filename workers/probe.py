@@ -14,7 +14,8 @@ from pathlib import Path
 from ollm_service.core.capabilities import CacheDisk, Capabilities, Device, LiveState
 from ollm_service.core.labels import Attributes
 from ollm_service.core.options import KVCacheStrategy
-from ollm_service.core.plan import BackendId, GenericModelKind, ModelModality, NativeFamily, PassId
+from ollm_service.core.passes import PASS_TRAITS, PassTraits
+from ollm_service.core.plan import BackendId, GenericModelKind, ModelModality, NativeFamily
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.quantization import QUANTIZATION_LIBRARIES
 from workers.cache_folder import DiskRates, NoCacheFolder, check_writable, free_bytes, measure, total_bytes
@@ -69,13 +70,15 @@ class Probe:
         """Everything that changes seldom. Where a cache folder is missing or cannot be written to now, there is no disk cache."""
         reason = no_cache_because or _why_unwritable(cache_folders)
         backend_reason = None if self._lacking is None else f"{self._lacking} is not installed on this worker"
+        devices = self._devices()
+        has_accelerator = any(device.kind != "cpu" for device in devices)
         return Capabilities(
             node=self._claims.node,
             slots=self._claims.slots,
-            devices=self._devices(),
+            devices=devices,
             host_memory_bytes=self._host_memory_bytes(),
             backends={backend.value: backend_reason for backend in BackendId},
-            passes={pass_id: _pass_reason(pass_id, reason) for pass_id in PassId},
+            passes={pass_id: _pass_reason(traits, reason, has_accelerator) for pass_id, traits in PASS_TRAITS.items()},
             kv_strategies={strategy.value: _strategy_reason(strategy, reason) for strategy in KVCacheStrategy},
             kinds=dict.fromkeys(KINDS),
             quantizations={method: self._absent(*libraries) for method, libraries in QUANTIZATION_LIBRARIES.items()},
@@ -200,10 +203,10 @@ def _cuda_dtypes(compute_capability: tuple[int, int]) -> tuple[str, ...]:
     return ("float64", "float32", "float16", "bfloat16") if compute_capability >= (8, 0) else ("float64", "float32", "float16")
 
 
-def _pass_reason(pass_id: PassId, no_cache_because: str | None) -> str | None:
-    if pass_id in (PassId.DISK_CACHE, PassId.CPU_OFFLOAD, PassId.GPU_OFFLOAD, PassId.MOE_ROUTING):
-        return no_cache_because
-    return None
+def _pass_reason(traits: PassTraits, no_cache_because: str | None, has_accelerator: bool) -> str | None:
+    if traits.needs_accelerator and not has_accelerator:
+        return "no accelerator"
+    return no_cache_because if traits.needs_cache_disk else None
 
 
 def _strategy_reason(strategy: KVCacheStrategy, no_cache_because: str | None) -> str | None:

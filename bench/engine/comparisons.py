@@ -1,4 +1,4 @@
-"""What is compared with what, and which ratio is each figure? The table of issue and README, line by line."""
+"""What is compared with what, and which ratio is each figure? The table of bench/README.md, line by line."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

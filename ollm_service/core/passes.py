@@ -26,15 +26,16 @@ PASS_TRAITS: Mapping[PassId, PassTraits] = MappingProxyType(
     {
         PassId.DISK_CACHE: PassTraits(effect="the KV cache may live in files", sets="supports_disk_cache", needs_cache_disk=True),
         PassId.CPU_OFFLOAD: PassTraits(
-            effect="decoder layers are kept in host memory", sets="supports_cpu_offload", needs_accelerator=True
+            effect="decoder layers are kept in host memory or on disk", sets="supports_cpu_offload", needs_cache_disk=True
         ),
         PassId.GPU_OFFLOAD: PassTraits(
             effect="layers are pinned on the GPU first, then on the CPU",
             sets="supports_gpu_offload",
             needs_accelerator=True,
+            needs_cache_disk=True,
         ),
         PassId.MLP_CHUNKING: PassTraits(effect="the gated MLP runs over chunks of rows"),
-        PassId.MOE_ROUTING: PassTraits(effect="only routed experts are loaded"),
+        PassId.MOE_ROUTING: PassTraits(effect="only routed experts are loaded", needs_cache_disk=True),
         PassId.ATTENTION_REPLACEMENT: PassTraits(effect="attention is computed in linear memory"),
         PassId.MULTIMODAL_SHELL: PassTraits(effect="images or sounds go through the model's processor"),
         PassId.GDS_EXPORT_WEIGHTS: PassTraits(effect="weights are read from raw exported files"),

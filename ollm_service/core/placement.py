@@ -333,7 +333,7 @@ def _no_offload_because(room: _Room, tier: Tier) -> str | None:
     request = room.request
     pinned = 0 < request.config.offload_gpu_layers < request.profile.layer_count
     pass_id = PassId.GPU_OFFLOAD if pinned else PassId.CPU_OFFLOAD
-    if request.has_demanded_layers and tier is Tier.LAYERS_FROM_DISK:
+    if request.has_demanded_layers and not pinned and tier is Tier.LAYERS_FROM_DISK:
         return "layers in host memory were asked for"
     if pass_id not in request.plan.specialization_pass_ids:
         return f"the plan has no {pass_id} pass"

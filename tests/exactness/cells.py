@@ -6,6 +6,7 @@ axes are families × exact passes × KV {resident, paged} × placement {streamed
 one of its cells. A pass joins by a line in `EXACT_PASSES`; then the cells of its families have it alone and beside their others.
 
 Two exact passes act through an axis of their own: `disk-cache` wherever KV is paged, `cpu-offload` wherever layers are streamed.
+`gpu-offload` brings layers by the same code; `gds-export-weights` acts in each streamed cell of GPT-OSS that the planner plans.
 `quantized-cold-tier` and `sliding-window-ring-buffer` are not exact, and not here: tests/runner/test_kv_quantized.py and
 test_kv_ring.py hold what they promise instead.
 """

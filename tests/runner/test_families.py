@@ -1,4 +1,4 @@
-"""Do the native plans of every family that runs so far give the tokens of plain transformers?"""
+"""Do the native plans of every family give the tokens of plain transformers?"""
 
 import json
 from collections.abc import Mapping

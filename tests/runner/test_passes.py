@@ -109,8 +109,22 @@ def test_chunking_fails_without_a_gated_mlp(engine: Engine, model_dirs: dict[str
     assert not of_kind(messages, BatchDone)
 
 
-def test_a_pass_that_the_runner_lacks_ends_as_not_needed(engine: Engine, llama: Path) -> None:
-    """A planned pass is a preference: where the runner does not have it, the rows are answered without it, and it says so."""
+def test_layers_beside_those_that_were_pinned_are_brought_by_gpu_offload(engine: Engine, llama: Path, tmp_path: Path) -> None:
+    """The user says how many stay; that pass, and not cpu-offload, shows the others, with the processor as the device."""
+    rows = [work_row(0, "x", max_new_tokens=4)]
+    passes = (PassId.CPU_OFFLOAD, PassId.GPU_OFFLOAD)
+    command = make_command(llama, rows, passes=passes, cache_dir=tmp_path, disk_layers=(1,))
+    messages = run(engine, replace(command, config=RuntimeConfig(offload_gpu_layers=1)))
+    outcomes = first_outcomes(messages)
+    assert outcomes[PassId.CPU_OFFLOAD] == NotNeeded(reason="the layers are brought by the other offload pass")
+    shown = outcomes[PassId.GPU_OFFLOAD]
+    assert isinstance(shown, Applied)
+    assert shown.evidence.startswith("layers 1 from disk; brought 4 times, ")
+    assert results_of(messages) == results_of(run(engine, make_command(llama, rows)))
+
+
+def test_a_pass_with_nothing_to_do_ends_as_not_needed(engine: Engine, llama: Path) -> None:
+    """A planned pass is a preference: where nothing calls for it, the rows are answered without it, and it says so."""
     absent = (PassId.CPU_OFFLOAD, PassId.GPU_OFFLOAD, PassId.MOE_ROUTING, PassId.ATTENTION_REPLACEMENT, PassId.GDS_EXPORT_WEIGHTS)
     messages = run(engine, make_command(llama, [work_row(0, "x")], passes=absent))
     outcomes = first_outcomes(messages)
@@ -128,7 +142,7 @@ def test_a_pass_that_the_runner_lacks_ends_as_not_needed(engine: Engine, llama: 
         (PassId.MULTIMODAL_SHELL, RuntimeConfig()),
     ],
 )
-def test_a_lacking_pass_fails_where_nothing_stands_in_for_it(
+def test_a_pass_that_was_demanded_fails_where_it_has_nothing_to_act_on(
     engine: Engine, llama: Path, pass_id: PassId, config: RuntimeConfig
 ) -> None:
     """Layers that the user wanted elsewhere, or images for a model that has no place for them, cannot be done without."""

@@ -34,7 +34,8 @@ def test_a_worker_says_what_it_can(probe: Probe, tmp_path: Path) -> None:
     offered = probe.capabilities((), [folder.path], None)
     assert (offered.node, offered.slots, offered.labels) == ("here", 2, {"zone": "a"})
     able = {pass_id for pass_id, reason in offered.passes.items() if reason is None}
-    assert able == set(PassId)
+    has_accelerator = any(device.kind != "cpu" for device in offered.devices)
+    assert able == set(PassId) - (set() if has_accelerator else {PassId.GPU_OFFLOAD})
     installed = {name: find_spec(module) is not None for name, module in _OPTIONAL.items()}
     assert (offered.modalities[ModelModality.IMAGE] is None, offered.modalities[ModelModality.AUDIO]) == (
         installed["pillow"],
@@ -103,8 +104,11 @@ def test_runners_get_no_more_than_the_operator_lets_them_have() -> None:
 def test_layers_can_leave_the_device_where_there_is_a_disk(probe: Probe, tmp_path: Path) -> None:
     """Weights are read from a folder beside the KV files; without one layers stay."""
     folder = take_folder(tmp_path / "kv")
-    passes = probe.capabilities((), [folder.path], None).passes
-    assert (passes[PassId.CPU_OFFLOAD], passes[PassId.GPU_OFFLOAD]) == (None, None)
+    offered = probe.capabilities((), [folder.path], None)
+    passes = offered.passes
+    assert (passes[PassId.CPU_OFFLOAD], passes[PassId.MOE_ROUTING]) == (None, None)
+    is_alone = all(device.kind == "cpu" for device in offered.devices)
+    assert passes[PassId.GPU_OFFLOAD] == ("no accelerator" if is_alone else None)
     assert "no writable cache directory" in (probe.capabilities((), [], None).passes[PassId.CPU_OFFLOAD] or "")
     folder.release()
 

@@ -22,7 +22,7 @@ class EncodedRow:
     """A row that is ready to run. `is_clamped`: the context leaves less room than the tokens that were asked for.
 
     `media` is what the prompt's forward pass takes besides the tokens, by argument name: images or sounds, and what says where
-    they stand. Rows with media run with rows of equal `media_shapes` alone.
+    they stand. Outside packs rows with media run with rows of equal `media_shapes` alone.
     """
 
     row: int

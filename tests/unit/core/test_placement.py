@@ -339,7 +339,7 @@ def test_a_layer_that_the_model_has_not_is_refused() -> None:
 
 
 def test_layers_that_were_pinned_to_the_card_stay_there() -> None:
-    """gpu-offload fills the card from the first layer; the others are in host memory. Enough for all: all on the device."""
+    """gpu-offload fills the card from the first layer, then host memory; the rest streams. Enough for all: all on the device."""
     model = deep(
         family=NativeFamily.QWEN3_NEXT,
         architecture="Qwen3NextForCausalLM",
@@ -349,6 +349,11 @@ def test_layers_that_were_pinned_to_the_card_stay_there() -> None:
     found = offloaded(4 * GIB, model=model, options={"offload_gpu_layers": 6})
     assert isinstance(found, Placement)
     assert (found.tier, found.host_layers, found.layers_on_device) == (Tier.LAYERS_IN_HOST, (6, 7), 6)
+    from_disk = offloaded(4 * GIB, host_bytes=500 * MIB, model=model, options={"offload_gpu_layers": 2})
+    assert isinstance(from_disk, Placement)
+    assert (from_disk.tier, from_disk.layers_on_device) == (Tier.LAYERS_FROM_DISK, 2)
+    assert from_disk.layers_in_host > 0
+    assert (*from_disk.host_layers, *from_disk.disk_layers) == (2, 3, 4, 5, 6, 7)
     whole = offloaded(4 * GIB, model=model, options={"offload_gpu_layers": LAYERS})
     assert isinstance(whole, Placement)
     assert (whole.tier, whole.layers_on_device) == (Tier.ALL_ON_DEVICE, LAYERS)

@@ -70,7 +70,7 @@ class MlpChunking:
     def apply(self) -> None:
         """Put a chunked MLP into each layer."""
         for index, (parent, name, inner) in enumerate(self._places()):
-            # Free memory is asked for once a forward pass, at its first MLP.
+            # Free memory is asked for at the first MLP that a block of a forward pass meets.
             limit = self._fresh_limit if index == 0 else self._last_limit
             self._replaced.append((parent, name, inner))
             setattr(parent, name, RowChunkedMlp(inner, limit, self._count))
