@@ -24,6 +24,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(root / "llama", "llama")
     test_adapters.save_adapter(root / "lora", root / "llama")
     test_quantized_weights.save_pair(root, "pack-quantized")
+    save_model(root / "qwen3-next", "qwen3-next")
     save_gemma3(root / "gemma3")
     save_llava(root / "llava")
     save_voxtral(root / "voxtral")
@@ -70,6 +71,18 @@ def test_packed_weights_are_unpacked(service: Fleet, models: Path) -> None:
     assert counts(job) == (len(PROMPTS), 0, 0), results
     for number, prompt in enumerate(PROMPTS):
         assert results[number]["text"] == plain_greedy(models / "plain-pack-quantized", prompt, TOKENS)
+
+
+def test_linear_attention_and_experts_are_answered(service: Fleet, models: Path) -> None:
+    """A Qwen3-Next on the native backend, its full attention in pages: the tokens of plain transformers."""
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    job, results = ended(service, "qwen3-next", rows, TOKENS, runtime={"kv_cache_strategy": "paged"})
+    assert counts(job) == (len(PROMPTS), 0, 0), results
+    for number, prompt in enumerate(PROMPTS):
+        assert results[number]["text"] == plain_greedy(models / "qwen3-next", prompt, TOKENS)
+    plan = job["plans"][0]["runtime_plan"]
+    assert (plan["specialization_provider_id"], plan["specialization_state"]) == ("qwen3-next-native", "applied")
+    assert " pages)" in plan["details"]["pass_disk_cache"]
 
 
 @pytest.mark.parametrize("model", ["gemma3", "llava", "voxtral"])
