@@ -107,7 +107,7 @@ def _streamed_steps() -> Mapping[str, Comparison]:
             figures={"streamed_fraction_of_disk": Figure(("before", "ours", "after"), fraction_of_disk)},
         ),
         "32 rows": _decoding("32x128", 32, 5),
-        "256 rows": _decoding("256x32", 256, 3),
+        "256 rows": _decoding("256x32", 256, 5),
     }
 
 
@@ -132,7 +132,7 @@ def _in_memory() -> Mapping[str, Comparison]:
         ),
         "job in memory": Comparison(
             model=LLAMA,
-            pairs=1,
+            pairs=3,
             parts={
                 "ours": _ours("job", is_streamed=False, at_a_time=256),
                 "static": _peer("generated", "job", AT_A_TIME),
@@ -152,7 +152,7 @@ def _streamed_job(is_quick: bool) -> Mapping[str, Comparison]:
     return {
         "streamed job": Comparison(
             model=LLAMA,
-            pairs=1,
+            pairs=3,
             parts={"ours": _ours("job"), "accelerate": _peer("accelerated", "job", AT_A_TIME)},
             figures={
                 "streamed_job_vs_accelerate": Figure(
