@@ -262,10 +262,8 @@ def job(sizes: Sizes) -> list[tuple[str, int]]:
 
 def ours(bench: Bench, folder: Path, place: str) -> float:
     """Seconds of the job, the model warm. No guesses: random weights repeat themselves as no real model does."""
-    engine, asked = (
-        Engine(tries_ahead=False),
-        order(bench, folder, job(bench.sizes), bench.sizes.job_batch, places(bench.sizes)[place]),
-    )
+    engine = Engine(tries_ahead=False)
+    asked = order(bench, folder, job(bench.sizes), bench.sizes.job_batch, places(bench.sizes)[place])
     run(engine, asked)
     began = time.perf_counter()
     run(engine, asked)

@@ -180,15 +180,7 @@ class PackedLoop:
             self._pulse.tokens += accepted
             step_tokens += 0 if segment.is_prompt else accepted
             place = end
-        ended = time.monotonic()
-        self._count(pack, pairs, step_tokens, ended - began)
-        steps = [segment for _, segment in pairs if not segment.is_prompt]
-        self._guesses.costs.note(
-            prompt_tokens=_prompt_tokens(pack),
-            rows=len(steps),
-            tokens=sum(segment.length for segment in steps),
-            seconds=ended - filled,  # what a draft took is another cost
-        )
+        self._count(pack, pairs, step_tokens, time.monotonic() - began, filled - began)
 
     def _fill(self, pack: Pack) -> list[tuple[RunningRow, Segment]]:
         """Put into the pack what is to be computed; the rows, and where each is.
@@ -232,16 +224,23 @@ class PackedLoop:
                 tokens[place] = token
         return tokens, (~largest_M.isnan()).tolist()
 
-    def _count(self, pack: Pack, pairs: Sequence[tuple[RunningRow, Segment]], step_tokens: int, seconds: float) -> None:
+    def _count(
+        self, pack: Pack, pairs: Sequence[tuple[RunningRow, Segment]], step_tokens: int, seconds: float, guess_seconds: float
+    ) -> None:
+        """Count a pass. What guessing took of its seconds, as by a draft, is no cost of the tokens in it."""
+        steps = [segment for _, segment in pairs if not segment.is_prompt]
+        computed = sum(segment.length for segment in pack.segments if segment.is_prompt)
         given = sum(len(row.answer.row.tokens) for row, segment in pairs if segment.is_prompt)
         self._measurements.count_pass(
             prompt_tokens=given,
-            shared_tokens=given - _prompt_tokens(pack),
+            shared_tokens=given - computed,
             rows=len(pairs),
             new_tokens=step_tokens,
-            tried_tokens=sum(segment.wanted - 1 for _, segment in pairs if not segment.is_prompt),
+            tried_tokens=sum(segment.wanted - 1 for segment in steps),
             seconds=seconds,
         )
+        tokens = sum(segment.length for segment in steps)
+        self._guesses.costs.note(prompt_tokens=computed, rows=len(steps), tokens=tokens, seconds=seconds - guess_seconds)
 
     def _let_go(self, cache: PackCache) -> list[RowResult]:
         """Make room where rows have their answer."""
@@ -286,8 +285,3 @@ class PackedLoop:
         self._most_rows = max(1, len(stopped) // 2)
         self._waiting.put_back(row.waiting for row in stopped)
         return []
-
-
-def _prompt_tokens(pack: Pack) -> int:
-    """How many tokens of prompts are computed."""
-    return sum(segment.length for segment in pack.segments if segment.is_prompt)
