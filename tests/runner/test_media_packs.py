@@ -7,7 +7,7 @@ from ollm_service.core.options import GenerationConfig
 from workers.runner.packed.attention import Rule, seeing_ahead
 from workers.runner.packed.pack import Pack, TokenSequence
 from workers.runner.packed.waiting import WaitingRows
-from workers.runner.prompts import EncodedRow
+from workers.runner.prompts import EncodedRow, media_of
 
 HEADS, KEY_HEADS, WIDTH, TOKENS = 4, 2, 8, 50
 SPANS = ((3, 9), (20, 45))
@@ -15,14 +15,14 @@ SPANS = ((3, 9), (20, 45))
 
 def encoded(row: int, marks: list[int] | None = None, max_new_tokens: int = 5) -> EncodedRow:
     """A row of 40 equal tokens; with marks it has an image where they are 1."""
-    media = {} if marks is None else {"token_type_ids": torch.tensor([marks]), "pixel_values": torch.zeros(1, 3, 2, 2)}
+    tensors = {} if marks is None else {"token_type_ids": torch.tensor([marks]), "pixel_values": torch.zeros(1, 3, 2, 2)}
     return EncodedRow(
         row=row,
         tokens=(7,) * 40,
         generation=GenerationConfig(),
         max_new_tokens=max_new_tokens,
         is_clamped=False,
-        media=media,
+        media=media_of(tensors, lambda: tensors),
     )
 
 
@@ -70,8 +70,10 @@ def test_rows_with_media_come_first_and_share_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("marks", "spans"),
-    [(None, ()), ([0, 0, 0], ()), ([1, 1, 0], ((0, 2),)), ([0, 1, 0, 1, 1], ((1, 2), (3, 5)))],
+    [([0, 0, 0], ()), ([1, 1, 0], ((0, 2),)), ([0, 1, 0, 1, 1], ((1, 2), (3, 5)))],
 )
-def test_images_are_found_where_they_are_marked(marks: list[int] | None, spans: tuple[tuple[int, int], ...]) -> None:
+def test_images_are_found_where_they_are_marked(marks: list[int], spans: tuple[tuple[int, int], ...]) -> None:
     """Each run of marks is one image."""
-    assert encoded(0, marks).spans == spans
+    media = encoded(0, marks).media
+    assert media is not None
+    assert media.spans == spans

@@ -4,7 +4,7 @@ Rules: a prompt is raw text with the tokenizer's own special tokens; messages go
 so none are added a second time. A row that cannot run becomes a result with an error and never stops the others.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,11 +18,24 @@ from ollm_service.core.row_size import most_prompt_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Media:
+    """What a prompt's forward pass takes besides the tokens: images or sounds, and what says where they stand.
+
+    Tensors are larger than the files that they come from, and a plan has many rows: none is kept, `read` makes them anew, by
+    argument name. `shapes` are theirs. `spans` are where tokens stand that see each other, from and to: those of an image,
+    where the model has it so.
+    """
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    spans: tuple[tuple[int, int], ...]
+    read: Callable[[], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedRow:
     """A row that is ready to run. `is_clamped`: the context leaves less room than the tokens that were asked for.
 
-    `media` is what the prompt's forward pass takes besides the tokens, by argument name: images or sounds, and what says where
-    they stand. Outside packs rows with media run with rows of equal `media_shapes` alone.
+    Outside packs rows with media run with rows of equal `media_shapes` alone.
     """
 
     row: int
@@ -30,22 +43,12 @@ class EncodedRow:
     generation: GenerationConfig
     max_new_tokens: int
     is_clamped: bool
-    media: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
-
-    @property
-    def spans(self) -> tuple[tuple[int, int], ...]:
-        """Where tokens stand that see each other, from and to: those of an image, where the model has it so."""
-        marks = self.media.get("token_type_ids")
-        places = {} if marks is None else {place: None for place, mark in enumerate(marks[0].tolist()) if mark == 1}
-        starts = [place for place in places if place - 1 not in places]
-        ends = [place + 1 for place in places if place + 1 not in places]
-        return tuple(zip(starts, ends, strict=True))
+    media: Media | None = field(default=None, compare=False)
 
     @property
     def media_shapes(self) -> tuple[Any, ...]:
         """Equal for rows that can be fed together without padding; empty where there is only text."""
-        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(self.media.items()))
-        return (len(self.tokens), *shapes) if shapes else ()
+        return () if self.media is None else (len(self.tokens), *self.media.shapes)
 
 
 class ReadsMedia(Protocol):
@@ -103,22 +106,40 @@ def encode_row(
 
 def _tokens_and_media(
     row: WorkRow, tokenizer: PreTrainedTokenizerBase, reader: ReadsMedia | None, most_image_tokens: int
-) -> tuple[list[int], Mapping[str, Tensor]]:
+) -> tuple[list[int], Media | None]:
     has_media = any(True for _ in media_parts(row.messages))
     # Some models keep their chat template with the processor alone.
     is_for_reader = row.messages is not None and reader is not None and tokenizer.chat_template is None
     if row.messages is None or not (has_media or is_for_reader):
-        return _tokens(row, tokenizer), {}
+        return _tokens(row, tokenizer), None
     if reader is None:
         raise RowRefused("unsupported_content", "A message has a part that is not text; this model is given text only.")
-    tokens, media = reader.read(row.messages)
+    messages = row.messages
+    tokens, tensors = reader.read(messages)
     most = most_prompt_tokens({"messages": row.messages}, most_image_tokens)
     if len(tokens) > most:
         raise RowRefused(
             "content_too_large",
             f"The images and sounds make it {len(tokens):,} tokens, where {most:,} are planned for; send smaller ones.",
         )
-    return tokens, media
+    return tokens, media_of(tensors, lambda: reader.read(messages)[1])
+
+
+def media_of(tensors: Mapping[str, Tensor], read: Callable[[], Mapping[str, Tensor]]) -> Media | None:
+    """What is to be known of these tensors, which `read` makes again; None where there are none."""
+    if not tensors:
+        return None
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(tensors.items()))
+    marks = tensors.get("token_type_ids")
+    return Media(shapes=shapes, spans=() if marks is None else _spans(marks[0].tolist()), read=read)
+
+
+def _spans(marks: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """From and to of each run of ones."""
+    places = {place: None for place, mark in enumerate(marks) if mark == 1}
+    starts = [place for place in places if place - 1 not in places]
+    ends = [place + 1 for place in places if place + 1 not in places]
+    return tuple(zip(starts, ends, strict=True))
 
 
 def _tokens(row: WorkRow, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -19,7 +19,7 @@ from ollm_service.core.packing import MOST_PACK_TOKENS
 from workers.runner.answers import NOT_A_NUMBER, Answer, out_of_memory
 from workers.runner.kv.cache import PackCache
 from workers.runner.measurements import Measurements
-from workers.runner.media.feeding import features_of, placeholder_of
+from workers.runner.media.feeding import features_of, one_at_a_time, placeholder_of
 from workers.runner.memory import is_out_of_memory
 from workers.runner.model import LoadedModel
 from workers.runner.packed.attachment import PackedModel
@@ -121,8 +121,8 @@ class PackedLoop:
         """After each pass the rows that ended with it, often none. Raises StopRequested, PassFailed, and what a model raises."""
         tokens = max((len(row.tokens) + row.max_new_tokens for row in self._rows), default=0)
         rows = min(self._most_rows, len(self._rows))
-        attached = self._packed.attached(self._model.layers())
-        with self._model.open_cache(rows=rows, tokens=tokens) as cache, attached, self._guesses.ready():
+        attached, alone = self._packed.attached(self._model.layers()), one_at_a_time(self._model.module)
+        with self._model.open_cache(rows=rows, tokens=tokens) as cache, attached, alone, self._guesses.ready():
             self._waiting = WaitingRows(self._rows, self._suspects, may_share=cache.keeps_all)
             while self._waiting or self._running:
                 self._admit(cache)
@@ -141,7 +141,8 @@ class PackedLoop:
         parent = None if beginning is None else beginning.begun()
         own = list(row.tokens[0 if parent is None else parent.length :])
         # The last token of an answer is never fed in.
-        sequence = TokenSequence(tokens=own, capacity=len(own) + row.max_new_tokens - 1, parent=parent, spans=row.spans)
+        spans = () if row.media is None else row.media.spans
+        sequence = TokenSequence(tokens=own, capacity=len(own) + row.max_new_tokens - 1, parent=parent, spans=spans)
         guesser = Guesser(row.tokens) if may_try and row.generation.is_greedy else None
         return RunningRow(waiting, Answer(row, self._model.tokenizer, self._model.end_tokens), sequence, guesser)
 
