@@ -217,7 +217,7 @@ def test_what_is_not_a_number_fails_its_rows_alone(llama: Path) -> None:
         return output
 
     hook = model.module.register_forward_hook(spoil)
-    found = results_of(attempt_with(model, llama, [work_row(0, "hello", max_new_tokens=1), work_row(1, "hi", max_new_tokens=1)]))
+    found = results_of(attempt_with(model, llama, [work_row(0, "hi", max_new_tokens=1), work_row(1, "hello", max_new_tokens=1)]))
     hook.remove()
     assert found[0].error is not None
     assert found[1].error is None

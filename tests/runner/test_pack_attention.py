@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from workers.runner.kv.cache import PackCache
 from workers.runner.kv.resident import ResidentLayer
+from workers.runner.kv.slots import _BYTES_OF_A_CALL, Slots, Step
 from workers.runner.packed import attention
 from workers.runner.packed.attention import Rule, attend_in_pack
 from workers.runner.packed.pack import Pack, TokenSequence
@@ -50,9 +51,10 @@ class Text:
         return (weights @ value).transpose(0, 1)[self.sequence.first_position :].float()
 
 
-def through_packs(texts: list[Text], chance: random.Random, block: int, rule: Rule) -> dict[int, Tensor]:
+def through_packs(texts: list[Text], chance: random.Random, block: int, rule: Rule, slots: int = 0) -> dict[int, Tensor]:
     """Everything that the texts get while they go through packs, some tokens at a time, in blocks of so many."""
     cache = PackCache([ResidentLayer(rule.window)], most_cells=chance.choice((16, 500, 10**6)))
+    cache.expect(slots, chance.choice((20, 60)))
     found: dict[int, list[Tensor]] = {number: [] for number in range(len(texts))}
     left = {number: len(text.sequence.tokens) for number, text in enumerate(texts)}
     for text in texts:
@@ -84,6 +86,9 @@ def through_packs(texts: list[Text], chance: random.Random, block: int, rule: Ru
                 found[number].append(output[0, segment.begin : segment.end])
         for number in who:
             texts[number].sequence.cached = len(texts[number].sequence.tokens)
+            is_shared = any(text.parent is texts[number] for text in texts)
+            if not left[number] and not is_shared:
+                cache.forget(texts[number].sequence)
     return {number: torch.cat(parts) for number, parts in found.items()}
 
 
@@ -97,22 +102,33 @@ def _cut(texts: list[Text], who: list[int], part: int) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
-@pytest.mark.parametrize("block", [5, 64, 1000])
+@pytest.mark.parametrize("in_vain", [0, 2**20])
+@pytest.mark.parametrize("slots", [0, 2, 8])
+@pytest.mark.parametrize("block", [5, 1000])
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(
     ("window", "cap", "has_sinks"), [(None, None, False), (9, None, False), (None, None, True), (30, 2.0, False), (9, None, True)]
 )
 def test_each_sequence_sees_its_own_history(
-    block: int, seed: int, window: int | None, cap: float | None, *, has_sinks: bool
+    monkeypatch: pytest.MonkeyPatch,
+    in_vain: int,
+    slots: int,
+    block: int,
+    seed: int,
+    window: int | None,
+    cap: float | None,
+    *,
+    has_sinks: bool,
 ) -> None:
-    """However a pack is cut, with windows, caps and sinks, alone or behind a beginning that others share."""
+    """However a pack is cut, with windows, caps and sinks, alone or behind a beginning that others share, in slots or not."""
+    monkeypatch.setitem(_BYTES_OF_A_CALL, "cpu", in_vain)
     torch.manual_seed(seed)
     chance = random.Random(seed)
     shared = Text(chance.choice((1, 20, 70)))
-    texts = [shared, *(Text(chance.choice((1, 2, 17, 60)), parent=chance.choice((None, shared, shared))) for _ in range(5))]
+    texts = [shared, *(Text(chance.choice((1, 2, 17, 60)), parent=chance.choice((None, shared, shared))) for _ in range(6))]
     sinks = torch.randn(HEADS) if has_sinks else None
     wanted = [text.expected(window, cap, sinks) for text in texts]
-    found = through_packs(texts, chance, block, Rule(scale=0.3, window=window, cap=cap, sinks_A=sinks))
+    found = through_packs(texts, chance, block, Rule(scale=0.3, window=window, cap=cap, sinks_A=sinks), slots)
     for number, expected in enumerate(wanted):
         assert torch.allclose(found[number], expected, atol=2e-5), f"text {number}"
 
@@ -127,3 +143,31 @@ def test_torchs_kernel_sees_what_all_scores_see(window: int | None) -> None:
     ours, plain = attention.flash(query, key, value, rule), attention.scored(query, key, value, rule, positions, 0)
     torch.testing.assert_close(ours.average_ALE, plain.average_ALE, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours.weight_AL, plain.weight_AL, atol=1e-5, rtol=1e-5)
+
+
+def test_neighbours_of_alike_lengths_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group ends where another would have too much read in vain; slots between count, and one alone is none."""
+    monkeypatch.setitem(_BYTES_OF_A_CALL, "cpu", 100)
+    pack, slots = Pack(), Slots()
+    lengths = {0: 10, 1: 12, 2: 30, 4: 29, 7: 31, 8: 31}
+    steps = []
+    for slot, tokens in lengths.items():
+        sequence = TokenSequence(tokens=[0] * tokens, capacity=tokens, cached=tokens - 1)
+        steps.append(Step(segment=pack.add(sequence, wanted=1, is_prompt=False), slot=slot, tokens=tokens))
+    (block,) = pack.blocks(1000)
+    found = slots.group(block, steps[::-1], (), torch.device("cpu"), 3)
+    assert [(group.slots, group.tokens, group.are_equal) for group in found.groups] == [
+        (slice(0, 2), 12, False),
+        (slice(2, 5), 30, False),
+        (slice(7, 9), 31, True),
+    ]
+    assert slots.known(block) is found
+    second = found.groups[1]
+    assert second.member_B is not None
+    assert second.member_B.tolist() == [0, 2]
+    seen = second.seen(None)
+    assert seen is not None
+    assert seen.sum(dim=-1).flatten().tolist()[::2] == [30, 29]
+    alone = slots.group(pack.blocks(1000)[0], steps, (), torch.device("cpu"), 10**6)
+    assert [group.slots for group in alone.groups] == [slice(7, 9)]
+    assert [one.begin for one in alone.others] == [0, 1, 2, 3]

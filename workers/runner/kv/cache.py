@@ -3,6 +3,7 @@
 N tokens of the block, H key heads, D head width.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 from ollm_service.core.packing import MOST_CELLS
 from workers.runner.kv.layer import Arrival, HistoryLayer
 from workers.runner.kv.resident import ResidentLayer
+from workers.runner.kv.slots import Grouping, Slots
 from workers.runner.kv.states import StateLayer
 from workers.runner.packed.pack import Block, TokenSequence
 
@@ -20,7 +22,8 @@ FullLayers = Callable[[int, int], HistoryLayer]
 
 
 class PackCache(Cache):
-    """Keys and values of the sequences that run. `block` is what is being computed, set before each layer's forward.
+    """Keys and values of the sequences that run. `block` is what is being computed, set before each layer's forward,
+    `grouping` how the layer that was updated last has taken it in.
 
     `keeps_all`: every token that was given is kept, so that beginnings can be shared and tokens tried in advance. Attention
     computes at most `most_cells` scores at a time.
@@ -35,6 +38,7 @@ class PackCache(Cache):
         self.has_states = any(isinstance(part, StateLayer) for part in self.parts)
         self.keeps_all = keeps_all
         self.most_cells = most_cells
+        self.grouping = Grouping(others=())
         self.attention_calls = 0
 
     @property
@@ -47,7 +51,13 @@ class PackCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Hand the block's keys and values [1, H, N, D] to their sequences. Raises OSError."""
         layer = self.history_layer(layer_idx)
-        for one in self.block.segments:
+        if isinstance(layer, ResidentLayer):
+            self.grouping = layer.grouping(self.block, key_states.device)
+            for group in self.grouping.groups:
+                layer.append_group(group, key_states[0], value_states[0])
+        else:
+            self.grouping = Grouping(others=self.block.segments)
+        for one in self.grouping.others:
             arrival = Arrival(sequence=one.sequence, start=one.start, is_prompt=one.is_prompt, more=one.more)
             layer.append(arrival, key_states[0, :, one.begin : one.end], value_states[0, :, one.begin : one.end])
         return key_states, value_states
@@ -67,6 +77,15 @@ class PackCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - transformers' signature
         """Nothing that a module could count on: positions are given."""
         return 0
+
+    def expect(self, rows: int, tokens: int) -> None:
+        """At most so many sequences will go on beyond their prompts at a time, each of at most so many tokens of its own.
+
+        To be told while nothing is kept. What is more than expected has room, too, but is reached by itself.
+        """
+        for part in self.parts:
+            if isinstance(part, ResidentLayer):
+                part.expect(rows, tokens)
 
     def truncate(self, sequence: TokenSequence) -> None:
         """Forget the tokens behind those that count as cached."""
@@ -93,12 +112,13 @@ def layers_of(module: PreTrainedModel, full: FullLayers | None = None) -> list[H
     theirs = DynamicCache(config=module.config).layers
     count, made = sum(type(layer) is DynamicLayer for layer in theirs), 0
     layers: list[HistoryLayer | StateLayer] = []
+    slots: dict[int | None, Slots] = defaultdict(Slots)
     for layer in theirs:
         if type(layer) is DynamicLayer:
-            layers.append(full(made, count) if full is not None else ResidentLayer())
+            layers.append(full(made, count) if full is not None else ResidentLayer(slots=slots[None]))
             made += 1
         elif isinstance(layer, DynamicSlidingWindowLayer):
-            layers.append(ResidentLayer(window=layer.sliding_window))
+            layers.append(ResidentLayer(layer.sliding_window, slots[layer.sliding_window]))
         elif type(layer) is LinearAttentionLayer:
             layers.append(StateLayer())
         else:

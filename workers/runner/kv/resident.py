@@ -2,24 +2,39 @@
 
 Each sequence has room for all of its tokens from the first on, so that a new one costs a write of its own size and not a copy of
 all that came before. A layer of sliding attention keeps its window, and as much again before it moves the window to the front.
+Rooms of rows lie beside each other in one slab, as far as it was said how many there will be; it is never larger than as many
+rows of the greatest length, and where memory is there only when it is written to, as small as they are.
 
-H key heads, L new tokens, T tokens kept, D head width.
+H key heads, L new tokens, T tokens kept, D head width, S slots, C tokens of a slot, N tokens of a block.
 """
 
+import torch
 from torch import Tensor
 
 from workers.runner.kv.layer import Arrival, History, HistoryLayer, Text
+from workers.runner.kv.slots import Group, Grouping, Slots, Step
+from workers.runner.packed.pack import Block, Segment
+from workers.runner.raw import pages
 
 
 class Room:
-    """Where one sequence's keys and values are: `used` tokens from number `first` on."""
+    """Where one sequence's keys and values are: `used` tokens from number `first` on, in a slab's `slot` or by itself."""
 
-    __slots__ = ("first", "keys", "used", "values")
+    __slots__ = ("first", "keys", "slot", "used", "values")
 
     def __init__(self, keys_HLD: Tensor, values_HLD: Tensor, capacity: int, first: int = 0) -> None:
         """Empty, for tokens like these."""
         self.keys, self.values = _room_like(keys_HLD, capacity), _room_like(values_HLD, capacity)
         self.first, self.used = first, 0
+        self.slot: int | None = None
+
+    @classmethod
+    def in_slot(cls, slab: "Slab", slot: int, first: int) -> "Room":
+        """Empty, in a slab."""
+        room = cls.__new__(cls)
+        room.keys, room.values = slab.keys_SHCD[slot], slab.values_SHCD[slot]
+        room.first, room.used, room.slot = first, 0, slot
+        return room
 
     @property
     def capacity(self) -> int:
@@ -33,35 +48,81 @@ class Room:
         self.values[:, self.used : end] = values_HLD
         self.used = end
 
-    def newest(self, tokens: int, capacity: int) -> "Room":
-        """Another room, with the newest tokens."""
-        start = self.used - tokens
-        keys, values = self.keys[:, start : self.used], self.values[:, start : self.used]
-        room = Room(keys, values, capacity, self.first + start)
-        room.add(keys, values)
-        return room
-
     def history(self) -> History:
         """All of it."""
         return History(self.keys[:, : self.used], self.values[:, : self.used], self.first)
 
 
-class ResidentLayer(HistoryLayer):
-    """One layer. `window`: a token attends to so many tokens at most, itself among them."""
+class Slab:
+    """Room for many sequences, of which all that was not written to is zero: what is masked out must be a number."""
 
-    def __init__(self, window: int | None = None) -> None:
+    def __init__(self, keys_HLD: Tensor, values_HLD: Tensor, slots: int, capacity: int) -> None:
+        """For tokens like these."""
+        self.keys_SHCD = _zeros_like(keys_HLD, slots, capacity)
+        self.values_SHCD = _zeros_like(values_HLD, slots, capacity)
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token."""
+        return (self.keys_SHCD.nbytes + self.values_SHCD.nbytes) // (self.keys_SHCD.shape[0] * self.keys_SHCD.shape[2])
+
+
+class ResidentLayer(HistoryLayer):
+    """One layer. `window`: a token attends to so many tokens at most, itself among them. `slots` are those of its kind."""
+
+    def __init__(self, window: int | None = None, slots: Slots | None = None) -> None:
         self._window = window
+        self._slots = slots or Slots()
+        self._slab: Slab | None = None
         self._rooms: dict[Text, Room] = {}
+
+    def expect(self, rows: int, tokens: int) -> None:
+        """Have slots for so many rows of so many tokens. None is in use at that time; beginnings that rows share have none."""
+        assert all(room.slot is None for room in self._rooms.values()), "slots change under what is kept"
+        self._slab = None
+        # One row alone is reached by one operation anyway.
+        self._slots.expect(rows if rows > 1 else 0, tokens if self._window is None else min(tokens, 2 * self._window))
 
     def append(self, arrival: Arrival, keys_HLD: Tensor, values_HLD: Tensor) -> None:
         """Take in new tokens."""
         new, room = keys_HLD.shape[-2], self._rooms.get(arrival.sequence)
         if room is None:
-            room = self._rooms[arrival.sequence] = Room(keys_HLD, values_HLD, self._capacity(arrival.sequence, new))
+            room = self._rooms[arrival.sequence] = self._new(arrival, keys_HLD, values_HLD, new)
         elif room.used + new > room.capacity:
-            kept = room.used if self._window is None else min(room.used, self._window - 1)
-            room = self._rooms[arrival.sequence] = room.newest(kept, self._capacity(arrival.sequence, kept + new))
+            room = self._make_room(room, arrival, new)
         room.add(keys_HLD, values_HLD)
+
+    def grouping(self, block: Block, device: torch.device) -> Grouping:
+        """Rows with one new token, in neighbouring slots."""
+        known = self._slots.known(block)
+        if known is not None:
+            for one in (one for group in known.groups for one in group.segments if self._window is not None):
+                self._with_room(one)
+            return known
+        steps: list[Step] = []
+        others: list[Segment] = []
+        for one in block.segments:
+            room = None if one.is_prompt or one.length > 1 else self._with_room(one)
+            if room is None or room.slot is None:
+                others.append(one)
+            else:
+                steps.append(Step(segment=one, slot=room.slot, tokens=room.used + 1))
+        return self._slots.group(block, steps, others, device, 0 if self._slab is None else self._slab.token_bytes)
+
+    def append_group(self, group: Group, keys_HND: Tensor, values_HND: Tensor) -> None:
+        """Take in the new token of each of its sequences."""
+        slab = self._slab
+        assert slab is not None
+        slab.keys_SHCD[group.slot_B, :, group.at_B] = keys_HND[:, group.place_B].transpose(0, 1)
+        slab.values_SHCD[group.slot_B, :, group.at_B] = values_HND[:, group.place_B].transpose(0, 1)
+        for one in group.segments:
+            self._rooms[one.sequence].used += 1
+
+    def group_history(self, group: Group) -> tuple[Tensor, Tensor]:
+        """Keys and values [S, H, T, D] of its slots."""
+        slab = self._slab
+        assert slab is not None
+        return slab.keys_SHCD[group.slots, :, : group.tokens], slab.values_SHCD[group.slots, :, : group.tokens]
 
     def history(self, sequence: Text) -> History:
         """Everything that is kept."""
@@ -75,10 +136,41 @@ class ResidentLayer(HistoryLayer):
     def forget(self, sequence: Text) -> None:
         """Give the room back."""
         self._rooms.pop(sequence, None)
+        self._slots.give_back(sequence)
 
     def close(self) -> None:
         """Give all rooms back."""
-        self._rooms.clear()
+        for sequence in list(self._rooms):
+            self.forget(sequence)
+        self._slab = None
+
+    def _new(self, arrival: Arrival, keys_HLD: Tensor, values_HLD: Tensor, needed: int, first: int = 0) -> Room:
+        """A slot's room for what has more tokens to come than its prompt's; other sequences never have a step."""
+        capacity = self._capacity(arrival.sequence, needed)
+        goes_on = not arrival.is_prompt or arrival.start + keys_HLD.shape[-2] + arrival.more < arrival.sequence.capacity
+        slot = self._slots.take(arrival.sequence, capacity) if goes_on else None
+        if slot is None:
+            return Room(keys_HLD, values_HLD, capacity, first)
+        if self._slab is None:
+            self._slab = Slab(keys_HLD, values_HLD, self._slots.count, self._slots.capacity)
+        return Room.in_slot(self._slab, slot, first)
+
+    def _with_room(self, step: Segment) -> Room | None:
+        """Where a new token of a sequence goes; None where it is its first."""
+        room = self._rooms.get(step.sequence)
+        if room is not None and room.used == room.capacity:
+            return self._make_room(room, Arrival(sequence=step.sequence, start=step.start, is_prompt=False), 1)
+        return room
+
+    def _make_room(self, room: Room, arrival: Arrival, new: int) -> Room:
+        """Go on with as many tokens as a window still shows, in a room for so many more."""
+        kept = room.used if self._window is None else min(room.used, self._window - 1)
+        start = room.used - kept
+        # Copied, since the new room may be the same slot.
+        keys, values = room.keys[:, start : room.used].clone(), room.values[:, start : room.used].clone()
+        made = self._rooms[arrival.sequence] = self._new(arrival, keys, values, kept + new, room.first + start)
+        made.add(keys, values)
+        return made
 
     def _capacity(self, sequence: Text, needed: int) -> int:
         expected = sequence.capacity if self._window is None else min(sequence.capacity, 2 * self._window)
@@ -88,3 +180,12 @@ class ResidentLayer(HistoryLayer):
 def _room_like(states_HLD: Tensor, tokens: int) -> Tensor:
     heads, _, width = states_HLD.shape
     return states_HLD.new_empty((heads, tokens, width))
+
+
+def _zeros_like(states_HLD: Tensor, slots: int, tokens: int) -> Tensor:
+    """Memory of the CPU is not there before it is written to."""
+    heads, _, width = states_HLD.shape
+    if states_HLD.device.type != "cpu":
+        return states_HLD.new_zeros((slots, heads, tokens, width))
+    size = slots * heads * tokens * width
+    return pages(size * states_HLD.element_size()).view(states_HLD.dtype)[:size].view(slots, heads, tokens, width)

@@ -22,7 +22,9 @@ from transformers import AttentionInterface
 from ollm_service.core.packing import MOST_CELLS
 from workers.runner.kv.cache import PackCache
 from workers.runner.kv.layer import History, HistoryLayer
-from workers.runner.packed.pack import Segment, by_parent
+from workers.runner.kv.resident import ResidentLayer
+from workers.runner.kv.slots import Group
+from workers.runner.packed.pack import Block, Segment
 
 NAME = "ollm-packed"
 # So few queries are laid out beside each other for each key head, which spares repeating the keys.
@@ -57,6 +59,10 @@ class Part:
     average_ALE: Tensor
     weight_AL: Tensor
 
+    def of(self, places: slice | Tensor) -> "Part":
+        """That of some of the queries."""
+        return Part(average_ALE=self.average_ALE[:, places], weight_AL=self.weight_AL[:, places])
+
 
 def attend_in_pack(  # noqa: PLR0913 - transformers' signature
     module: nn.Module,
@@ -75,17 +81,22 @@ def attend_in_pack(  # noqa: PLR0913 - transformers' signature
     assert pack_cache is not None, "a model that is attached to packs was run without one"
     pack_cache.attention_calls += 1
     rule = Rule(scale=scaling, window=sliding_window, cap=softcap, sinks_A=s_aux, most_cells=pack_cache.most_cells)
-    layer, segments = pack_cache.history_layer(_number_of(module)), pack_cache.block.segments
+    layer = pack_cache.history_layer(_number_of(module))
     query_AND = query[0]
     heads, tokens, _ = query_AND.shape
     output_NAE = query.new_empty((tokens, heads, value.shape[-1]))
-    shared = _attend_to_parents(query_AND, segments, layer, rule)
-    for one in segments:
+    shared = _attend_to_parents(query_AND, pack_cache.block, layer, rule, value.shape[-1])
+    for group in pack_cache.grouping.groups:
+        assert isinstance(layer, ResidentLayer)
+        found_BAE = _attend_side_by_side(query_AND, group, layer, rule, shared)
+        output_NAE[group.place_B] = found_BAE
+    for one in pack_cache.grouping.others:
         if one.is_prompt and one.start == 0:  # all that it has of its own is here
             own = History(key[0, :, one.begin : one.end], value[0, :, one.begin : one.end], 0)
         else:
             own = layer.history(one.sequence)
-        found_ALE = _attend(query_AND[:, one.begin : one.end], one, own, rule, shared.get(one.begin))
+        beginning = None if shared is None or one.sequence.parent is None else shared.of(slice(one.begin, one.end))
+        found_ALE = _attend(query_AND[:, one.begin : one.end], one, own, rule, beginning)
         output_NAE[one.begin : one.end] = found_ALE.transpose(0, 1)
     return output_NAE.unsqueeze(0), None
 
@@ -99,23 +110,70 @@ def _number_of(module: nn.Module) -> int:
     return number
 
 
-def _attend_to_parents(query_AND: Tensor, segments: Sequence[Segment], layer: HistoryLayer, rule: Rule) -> dict[int, Part]:
-    """What the segments see of the beginnings that they share, by the place where each begins."""
-    found: dict[int, Part] = {}
-    for parent, children in by_parent(segments):
-        keys_HTD, values_HTE, first = layer.history(parent)
-        queries = torch.cat([query_AND[:, one.begin : one.end] for one in children], dim=1)
-        positions = torch.cat([torch.arange(one.first_position, one.first_position + one.length) for one in children])
-        earliest = parent.first_position + first
-        if can_flash(queries, values_HTE, rule, positions, earliest):
+def _attend_to_parents(query_AND: Tensor, block: Block, layer: HistoryLayer, rule: Rule, width: int) -> Part | None:
+    """What the block's tokens see of the beginnings that they share, for the places of all; nothing where none is shared."""
+    if not block.shared:
+        return None
+    heads, tokens, _ = query_AND.shape
+    average_ANE = query_AND.new_zeros((heads, tokens, width))
+    weight_AN = query_AND.new_full((heads, tokens), -torch.inf, dtype=torch.float32)
+    for sharing in block.shared:
+        keys_HTD, values_HTE, first = layer.history(sharing.parent)
+        places_L, positions_L = sharing.places_L.to(query_AND.device, non_blocking=True), sharing.positions_L
+        queries, earliest = query_AND.index_select(1, places_L), sharing.parent.first_position + first
+        if can_flash(queries, values_HTE, rule, positions_L, earliest):
             part = flash(queries, keys_HTD, values_HTE, rule)
         else:
-            part = scored(queries, keys_HTD, values_HTE, rule, positions, earliest)
-        lengths = [one.length for one in children]
-        averages, weights = torch.split(part.average_ALE, lengths, dim=1), torch.split(part.weight_AL, lengths, dim=1)
-        for one, average_ALE, weight_AL in zip(children, averages, weights, strict=True):
-            found[one.begin] = Part(average_ALE=average_ALE, weight_AL=weight_AL)
-    return found
+            part = scored(queries, keys_HTD, values_HTE, rule, positions_L, earliest)
+        average_ANE.index_copy_(1, places_L, part.average_ALE)
+        weight_AN.index_copy_(1, places_L, part.weight_AL)
+    return Part(average_ALE=average_ANE, weight_AL=weight_AN)
+
+
+def _attend_side_by_side(query_AND: Tensor, group: Group, layer: ResidentLayer, rule: Rule, shared: Part | None) -> Tensor:
+    """Averages [B, A, E] of what a group's new tokens see, each of its own slot and of what it shares."""
+    keys_SHTD, values_SHTE = layer.group_history(group)
+    slots, key_heads = keys_SHTD.shape[:2]
+    # The query heads that share keys are queries of one head, which spares repeating the keys.
+    query_SHGD = query_AND[:, group.place_S].reshape(key_heads, -1, slots, query_AND.shape[-1]).permute(2, 0, 1, 3)
+    seen = group.seen(rule.window)
+    if rule.is_plain and shared is None:
+        asked = _asked_twice(query_SHGD)
+        found_SHGE = functional.scaled_dot_product_attention(asked, keys_SHTD, values_SHTE, attn_mask=seen, scale=rule.scale)
+        found_SAE = found_SHGE[:, :, : query_SHGD.shape[2]].flatten(1, 2)
+    else:
+        own = side_by_side(query_SHGD, keys_SHTD, values_SHTE, rule, seen)
+        parts = [own] if shared is None else [shared.of(group.place_S), own]
+        found_SAE = combined(parts, rule.sinks_A).transpose(0, 1)
+    return found_SAE if group.member_B is None else found_SAE.index_select(0, group.member_B)
+
+
+def _asked_twice(query_SHGD: Tensor) -> Tensor:
+    """A lone query for each head, twice where torch's kernel takes half the time for two: in bfloat16 on the CPU."""
+    is_slow = query_SHGD.shape[2] == 1 and query_SHGD.dtype is torch.bfloat16 and query_SHGD.device.type == "cpu"
+    return query_SHGD.repeat(1, 1, 2, 1) if is_slow else query_SHGD
+
+
+def side_by_side(query_SHGD: Tensor, keys_SHTD: Tensor, values_SHTE: Tensor, rule: Rule, seen_S11T: Tensor | None) -> Part:
+    """The part of one query for each query head and slot, slots in the place of queries: averages [A, S, E]."""
+    if (
+        _FLASH is not None
+        and query_SHGD.device.type == "cpu"
+        and rule.cap is None
+        and query_SHGD.shape[-1] == values_SHTE.shape[-1]
+    ):
+        hidden = None if seen_S11T is None else query_SHGD.new_zeros(seen_S11T.shape).masked_fill_(~seen_S11T, -torch.inf)
+        asked, heads = _asked_twice(query_SHGD), query_SHGD.shape[2]
+        average_SHGE, weight_SHG = _FLASH(asked, keys_SHTD, values_SHTE, attn_mask=hidden, scale=rule.scale)
+        average_SHGE, weight_SHG = average_SHGE[:, :, :heads], weight_SHG[:, :, :heads]
+    else:
+        rows = max(1, rule.most_cells // (query_SHGD[0, :, :, 0].numel() * keys_SHTD.shape[2]))
+        pieces = [
+            _softmax(query_SHGD[at], keys_SHTD[at], values_SHTE[at], rule, None if seen_S11T is None else ~seen_S11T[at])
+            for at in (slice(start, start + rows) for start in range(0, len(query_SHGD), rows))
+        ]
+        average_SHGE, weight_SHG = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return Part(average_ALE=average_SHGE.flatten(1, 2).transpose(0, 1), weight_AL=weight_SHG.flatten(1, 2).transpose(0, 1))
 
 
 def _attend(query_ALD: Tensor, segment: Segment, own: History, rule: Rule, shared: Part | None) -> Tensor:
@@ -221,21 +279,28 @@ def scored(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, 
 def _scored_piece(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, positions_L: Tensor, first: int) -> Part:
     heads, length, width = query_ALD.shape
     key_heads, tokens, _ = keys_HTD.shape
-    scale = width**-0.5 if rule.scale is None else rule.scale
-    query_HRD = query_ALD.reshape(key_heads, -1, width) * scale
-    scores_HRT = (query_HRD @ keys_HTD.transpose(1, 2)).float()
-    if rule.cap is not None:
-        scores_HRT = (scores_HRT / rule.cap).tanh_().mul_(rule.cap)
     is_ahead = first + tokens - 1 > int(positions_L.min())
     is_behind = rule.window is not None and int(positions_L.max()) - first >= rule.window
+    hidden_RT = None
     if is_ahead or is_behind:
-        mask_LT = visible(positions_L.to(scores_HRT.device, non_blocking=True), first, tokens, rule.window)
-        scores_HRT.view(heads, length, tokens).masked_fill_(~mask_LT, -torch.inf)
+        seen_LT = visible(positions_L.to(query_ALD.device, non_blocking=True), first, tokens, rule.window)
+        hidden_RT = (~seen_LT).repeat(heads // key_heads, 1)
+    average_HRE, weight_HR = _softmax(query_ALD.reshape(key_heads, -1, width), keys_HTD, values_HTE, rule, hidden_RT)
+    return Part(average_ALE=average_HRE.reshape(heads, length, -1), weight_AL=weight_HR.reshape(heads, length))
+
+
+def _softmax(query_HRD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Averages [H, R, E] and weights [H, R] from all scores, but for those that are hidden, [R, T]; H may stand for several."""
+    scale = query_HRD.shape[-1] ** -0.5 if rule.scale is None else rule.scale
+    scores_HRT = ((query_HRD * scale) @ keys_HTD.transpose(-2, -1)).float()
+    if rule.cap is not None:
+        scores_HRT = (scores_HRT / rule.cap).tanh_().mul_(rule.cap)
+    if hidden is not None:
+        scores_HRT.masked_fill_(hidden, -torch.inf)
     weight_HR = scores_HRT.logsumexp(dim=-1)
     # A query that sees none of the keys has no average of them; its weight of zero leaves it out.
     shares_HRT = scores_HRT.sub_(weight_HR.clamp(min=torch.finfo(torch.float32).min).unsqueeze(-1)).exp_()
-    average_HRE = shares_HRT.to(values_HTE.dtype) @ values_HTE
-    return Part(average_ALE=average_HRE.reshape(heads, length, -1), weight_AL=weight_HR.reshape(heads, length))
+    return shares_HRT.to(values_HTE.dtype) @ values_HTE, weight_HR
 
 
 def can_flash(query_ALD: Tensor, values_HTE: Tensor, rule: Rule, positions_L: Tensor, first: int) -> bool:

@@ -124,6 +124,7 @@ class PackedLoop:
         attached, alone = self._packed.attached(self._model.layers()), one_at_a_time(self._model.module)
         with self._model.open_cache(rows=rows, tokens=tokens) as cache, attached, alone, self._guesses.ready():
             self._waiting = WaitingRows(self._rows, self._suspects, may_share=cache.keeps_all)
+            cache.expect(rows, self._waiting.most_tokens)
             while self._waiting or self._running:
                 self._admit(cache)
                 yield self._pass(cache)
@@ -133,16 +134,17 @@ class PackedLoop:
             return  # one that was held back joins first: more prompts beside its own would be too many tokens
         taken = self._waiting.take(self._most_rows - len(self._running), MOST_PACK_TOKENS, others_run=bool(self._running))
         if taken:
+            # In the order of their lengths, in which they get their places in the cache: what is alike is beside each other.
+            taken.sort(key=lambda waiting: waiting.own_tokens)
             self._running += [self._begun(waiting, may_try=self._tries_ahead and cache.can_go_back) for waiting in taken]
             self._started(self.in_flight)
 
     def _begun(self, waiting: WaitingRow, *, may_try: bool) -> RunningRow:
         row, beginning = waiting.row, waiting.beginning
         parent = None if beginning is None else beginning.begun()
-        own = list(row.tokens[0 if parent is None else parent.length :])
-        # The last token of an answer is never fed in.
+        own = list(row.tokens[-waiting.own_tokens :])
         spans = () if row.media is None else row.media.spans
-        sequence = TokenSequence(tokens=own, capacity=len(own) + row.max_new_tokens - 1, parent=parent, spans=spans)
+        sequence = TokenSequence(tokens=own, capacity=waiting.most_own_tokens, parent=parent, spans=spans)
         guesser = Guesser(row.tokens) if may_try and row.generation.is_greedy else None
         return RunningRow(waiting, Answer(row, self._model.tokenizer, self._model.end_tokens), sequence, guesser)
 
@@ -285,4 +287,5 @@ class PackedLoop:
         self._tries_ahead = False
         self._most_rows = max(1, len(stopped) // 2)
         self._waiting.put_back(row.waiting for row in stopped)
+        cache.expect(self._most_rows, self._waiting.most_tokens)
         return []

@@ -7,8 +7,9 @@ bounded size, so that its wide intermediates exist for one block at a time.
 N tokens of a pack, M of them whose logits are wanted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -83,13 +84,41 @@ class Segment:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sharing:
+    """Sequences of a block that go on from the same beginning: their tokens' places in the block, and positions, [L].
+
+    Positions are on the CPU, so that no device has to be waited for to compare them.
+    """
+
+    parent: TokenSequence
+    positions_L: Tensor
+    places_L: Tensor
+
+    @classmethod
+    def of(cls, parent: TokenSequence, children: Sequence[Segment]) -> "Sharing":
+        """What these segments share."""
+        places = [place for one in children for place in range(one.begin, one.end)]
+        positions = [place for one in children for place in range(one.first_position, one.first_position + one.length)]
+        return cls(parent=parent, positions_L=torch.tensor(positions), places_L=torch.tensor(places))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Block:
     """The places of a pack that a layer computes at a time."""
 
     begin: int
     end: int
     segments: tuple[Segment, ...]
+
+    @cached_property
+    def shared(self) -> list[Sharing]:
+        """Which of the segments share a beginning, the same for all layers."""
+        groups: dict[TokenSequence, list[Segment]] = {}
+        for segment in self.segments:
+            if segment.sequence.parent is not None:
+                groups.setdefault(segment.sequence.parent, []).append(segment)
+        return [Sharing.of(parent, children) for parent, children in groups.items()]
 
 
 @dataclass(slots=True)
@@ -144,12 +173,3 @@ class Pack:
     def _block(self, begin: int, end: int) -> Block:
         parts = (segment.between(begin, end) for segment in self.segments)
         return Block(begin=begin, end=end, segments=tuple(part for part in parts if part is not None))
-
-
-def by_parent(segments: Sequence[Segment]) -> Iterator[tuple[TokenSequence, list[Segment]]]:
-    """The segments of sequences that share a beginning, by what they share."""
-    groups: dict[TokenSequence, list[Segment]] = {}
-    for segment in segments:
-        if segment.sequence.parent is not None:
-            groups.setdefault(segment.sequence.parent, []).append(segment)
-    yield from groups.items()

@@ -42,7 +42,17 @@ class WaitingRow:
         """How many of the prompt's tokens a pass would have to compute now that computes these beginnings anyway."""
         if self.beginning is None or (self.beginning.sequence is None and self.beginning not in beginnings):
             return len(self.row.tokens)
-        return len(self.row.tokens) - len(self.beginning.tokens)
+        return self.own_tokens
+
+    @property
+    def own_tokens(self) -> int:
+        """How many of the prompt's tokens are not shared, at least one."""
+        return len(self.row.tokens) - (0 if self.beginning is None else len(self.beginning.tokens))
+
+    @property
+    def most_own_tokens(self) -> int:
+        """With them of the answer all but the last, which is never fed in."""
+        return self.own_tokens + self.row.max_new_tokens - 1
 
 
 class WaitingRows:
@@ -63,6 +73,11 @@ class WaitingRows:
 
     def __bool__(self) -> bool:
         return bool(self._rows or self._suspects)
+
+    @property
+    def most_tokens(self) -> int:
+        """The most that one of them will ever have in a cache, besides a beginning that it shares."""
+        return max((waiting.most_own_tokens for waiting in (*self._rows, *self._suspects)), default=0)
 
     def take(self, most_rows: int, most_tokens: int, *, others_run: bool) -> list[WaitingRow]:
         """The next rows, of at most so many new prompt tokens, or one alone that has more.
