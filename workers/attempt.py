@@ -5,7 +5,7 @@ is lost. While the database is away, finished results wait here, and are recorde
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -31,6 +31,7 @@ from ollm_service.core.wire import (
     Finished,
     Hello,
     Loaded,
+    LongRow,
     Message,
     SpecializationFailed,
     Stop,
@@ -110,6 +111,7 @@ class Attempt:
         self._rows = {row.row: row for row in assignment.rows}
         self._missing = set(self._rows)
         self._answered = {"prompt_bytes": 0, "allowed_tokens": 0}
+        self._known_lengths: dict[int, LongRow] = {}  # of rows that turned out longer than their bound
         self._in_flight: tuple[int, ...] = ()
         self._waiting: list[RowResult] = []
         self._retry_at = 0.0
@@ -158,10 +160,14 @@ class Attempt:
         work = self._assignment
         missing = [row for row in work.rows if row.row in self._missing]
         of_image = profile.most_image_tokens
-        lengths = [most_tokens(request_of(row), row.generation.max_new_tokens, of_image) for row in missing]
+        lengths, prompts = [], []
+        for row in missing:
+            known, request = self._known_lengths.get(row.row), request_of(row)
+            lengths.append(known.tokens if known else most_tokens(request, row.generation.max_new_tokens, of_image))
+            prompts.append(known.prompt_tokens if known else most_prompt_tokens(request, of_image))
         bounds = RowBounds(
             longest=max(lengths, default=1),
-            longest_prompt=max((most_prompt_tokens(request_of(row), of_image) for row in missing), default=1),
+            longest_prompt=max(prompts, default=1),
             shortest=min(lengths, default=1),
             count=len(missing),
             are_sampled=not all(row.generation.is_greedy for row in missing),
@@ -248,10 +254,11 @@ class Attempt:
                 self._fall_back(message, profile)
             case AttemptFailed():
                 self._end_unless_stopping(lambda: self._fail(message.code, message.message, is_permanent=message.is_permanent))
-            case Finished(measured=measured):
+            case Finished(measured=measured, too_long=too_long):
                 self._measured |= measured
                 self._in_flight = ()
-                self._conclude()
+                if not self._place_again(too_long, profile):
+                    self._conclude()
             case Stopped():
                 self._in_flight = ()
                 self._conclude()
@@ -299,6 +306,20 @@ class Attempt:
         _log.info("fallback", extra={"plan_id": work.plan_id, "reason": failed.reason})
         self._plan = outcome
         self._order(profile)
+
+    def _place_again(self, too_long: Sequence[LongRow], profile: ModelProfile) -> bool:
+        """Rows may be longer than any bound knew, by what their model's chat template writes itself: make room for those.
+
+        False where there are none: all are answered, or what was said before was no help.
+        """
+        if self._stopping is not None or self._too_long is not None or all(row.row in self._known_lengths for row in too_long):
+            return False
+        self._flush()
+        if self._lease.is_lost(self._around.clock()) or self._waiting:
+            return False
+        self._known_lengths |= {row.row: row for row in too_long}
+        self._order(profile)
+        return True
 
     def _bury(self, died: Died, profile: ModelProfile) -> None:
         self._slot.warm_model = None

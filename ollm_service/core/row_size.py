@@ -1,4 +1,8 @@
-"""How many tokens may a row have, at most? Known before anything is tokenized, and never too low."""
+"""How many tokens may a row have, at most? Known before anything is tokenized.
+
+Too low only where a chat template writes much by itself, such as instructions for the model: a runner that finds a row longer
+says how long it is, and the worker makes room for that.
+"""
 
 import json
 from collections.abc import Mapping

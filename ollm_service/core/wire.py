@@ -127,10 +127,20 @@ class SpecializationFailed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LongRow:
+    """A row that is longer than the placement's `longest_row_tokens`: its prompt's tokens, and with those it may answer."""
+
+    row: int
+    prompt_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """Runner: every row was reported."""
+    """Runner: every row was reported but those that are too long for the placement."""
 
     measured: Mapping[str, float] = field(default_factory=dict)
+    too_long: tuple[LongRow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

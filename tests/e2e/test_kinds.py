@@ -22,6 +22,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("kinds")
     test_encoder_decoder.save(root / "t5", "t5")
     save_model(root / "llama", "llama")
+    talk = save_model(root / "talkative", "llama", seed=2)
+    (talk / "chat_template.jinja").write_text("be brief! " * 60 + (talk / "chat_template.jinja").read_text())
     test_adapters.save_adapter(root / "lora", root / "llama")
     test_quantized_weights.save_pair(root, "pack-quantized")
     save_model(root / "qwen3-next", "qwen3-next")
@@ -54,6 +56,17 @@ def test_a_source_is_read_and_answered(service: Fleet, models: Path) -> None:
     assert job["plans"][0]["runtime_plan"]["generic_model_kind"] == "seq2seq-lm"
     for number, prompt in enumerate(test_encoder_decoder.PROMPTS):
         assert results[number]["text"] == test_encoder_decoder.plain(models / "t5", prompt)
+
+
+def test_a_template_may_write_much_by_itself(service: Fleet) -> None:
+    """Messages of a few words become hundreds of tokens, which nobody could know: the rows are placed once more and answered."""
+    messages = [{"role": "user", "content": "hi"}]
+    rows: list[dict[str, Any]] = [{"messages": messages}, {"prompt": "short"}, {"messages": messages}]
+    job, results = ended(service, "talkative", rows, TOKENS)
+    assert counts(job) == (3, 0, 0), results
+    assert results[0]["usage"]["prompt_tokens"] > 600
+    assert results[0]["text"] == results[2]["text"]
+    assert job["plans"][0]["failures"] == 0
 
 
 def test_an_adapter_is_put_on_its_model(service: Fleet, models: Path) -> None:

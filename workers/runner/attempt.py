@@ -13,6 +13,7 @@ from ollm_service.core.wire import (
     BatchStarted,
     Execute,
     Finished,
+    LongRow,
     Message,
     SpecializationFailed,
 )
@@ -47,6 +48,7 @@ class Attempt:
         self._tries_ahead = tries_ahead
         self._has_reported_rows = False
         self._outcomes: dict[PassId, PassOutcome] = {}
+        self._too_long: list[LongRow] = []
 
     def run(self, model: LoadedModel, passes: AppliedPasses) -> Finished:
         """Answer all rows, and return the last message. Raises StopRequested and PassFailed."""
@@ -56,7 +58,7 @@ class Attempt:
         if not runnable:
             if refused:
                 self._report_results(refused, passes.outcomes(has_run=False), passes)
-            return Finished(measured=self._measured(passes))
+            return self._finished(passes)
         loop = loop_for(model, self.command.runtime_plan.backend_id, tries_ahead=self._tries_ahead)(
             model,
             runnable,
@@ -85,7 +87,7 @@ class Attempt:
             raise
         if held:
             self._report_results(held, passes.outcomes(), passes)
-        return Finished(measured=self._measured(passes))
+        return self._finished(passes)
 
     def ending_of(self, end: PassFailed | AttemptEnded) -> Message:
         """A failed pass ends the specialization, unless rows were reported under it already: then it ends the attempt."""
@@ -135,12 +137,14 @@ class Attempt:
                 model.context_limit,
                 is_source=model.has_encoder,
                 reader=model.media,
-                most_image_tokens=self.command.profile.most_image_tokens,
             )
             match encoded_or_refused:
                 case EncodedRow() as encoded:
-                    if longest is None or len(encoded.tokens) + encoded.max_new_tokens <= longest:
+                    tokens = len(encoded.tokens) + encoded.max_new_tokens
+                    if longest is None or tokens <= longest:
                         runnable.append(encoded)
+                    else:
+                        self._too_long.append(LongRow(row=row.row, prompt_tokens=len(encoded.tokens), tokens=tokens))
                 case RowResult() as result:
                     refused.append(result)
         return runnable, refused
@@ -148,6 +152,9 @@ class Attempt:
     def _report_results(self, results: Sequence[RowResult], outcomes: dict[PassId, PassOutcome], passes: AppliedPasses) -> None:
         self.report(BatchDone(results=tuple(results), outcomes=outcomes, measured=self._measured(passes)))
         self._has_reported_rows, self._outcomes = True, outcomes
+
+    def _finished(self, passes: AppliedPasses) -> Finished:
+        return Finished(measured=self._measured(passes), too_long=tuple(self._too_long))
 
     def _measured(self, passes: AppliedPasses) -> dict[str, float]:
         return self.measurements.as_dict() | passes.measured()

@@ -11,10 +11,9 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ollm_service.core.content import MOST_IMAGE_TOKENS, media_parts
+from ollm_service.core.content import media_parts
 from ollm_service.core.leasing import RowError, RowResult, WorkRow
 from ollm_service.core.options import GenerationConfig
-from ollm_service.core.row_size import most_prompt_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,14 +72,13 @@ def encode_row(
     *,
     is_source: bool = False,
     reader: ReadsMedia | None = None,
-    most_image_tokens: int = MOST_IMAGE_TOKENS,
 ) -> EncodedRow | RowResult:
     """The row's tokens, or its error result. Without a `reader` the model is given text only.
 
     `context_limit` is in tokens, prompt and answer together; a prompt that is a source has as much for itself as its answer has.
     """
     try:
-        tokens, media = _tokens_and_media(row, tokenizer, reader, most_image_tokens)
+        tokens, media = _tokens_and_media(row, tokenizer, reader)
         if is_source and context_limit is not None and len(tokens) > context_limit:
             raise RowRefused(
                 "context_length_exceeded", f"The prompt has {len(tokens):,} tokens; the model reads {context_limit:,} at most."
@@ -105,7 +103,7 @@ def encode_row(
 
 
 def _tokens_and_media(
-    row: WorkRow, tokenizer: PreTrainedTokenizerBase, reader: ReadsMedia | None, most_image_tokens: int
+    row: WorkRow, tokenizer: PreTrainedTokenizerBase, reader: ReadsMedia | None
 ) -> tuple[list[int], Media | None]:
     has_media = any(True for _ in media_parts(row.messages))
     # Some models keep their chat template with the processor alone.
@@ -116,12 +114,6 @@ def _tokens_and_media(
         raise RowRefused("unsupported_content", "A message has a part that is not text; this model is given text only.")
     messages = row.messages
     tokens, tensors = reader.read(messages)
-    most = most_prompt_tokens({"messages": row.messages}, most_image_tokens)
-    if len(tokens) > most:
-        raise RowRefused(
-            "content_too_large",
-            f"The images and sounds make it {len(tokens):,} tokens, where {most:,} are planned for; send smaller ones.",
-        )
     return tokens, media_of(tensors, lambda: reader.read(messages)[1])
 
 
