@@ -1,5 +1,6 @@
 """What becomes of a plan: a warm or a fresh model, a stop, a lack of memory, a folder that does not load?"""
 
+import errno
 import gc
 import json
 import shutil
@@ -231,6 +232,8 @@ def test_what_is_not_a_number_fails_its_rows_alone(llama: Path) -> None:
         (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: not enough memory: you tried…"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
     ],
 )
 def test_a_lack_of_memory_is_recognised(error: BaseException, is_one: bool) -> None:

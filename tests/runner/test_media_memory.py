@@ -1,6 +1,7 @@
 """Does the memory that images and sounds take depend on how many rows there are? It must not."""
 
 import gc
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ollm_service.core.options import RuntimeConfig
-from ollm_service.core.wire import Execute, Finished
+from ollm_service.core.passes import NotNeeded, PassOutcome
+from ollm_service.core.plan import PassId
+from ollm_service.core.wire import Execute, Finished, Message, Stopped
 from tests.runner.commands import chat_row, only, results_of, run
 from tests.runner.media_answers import MAKERS, NEW_TOKENS, contents_of, plain
 from tests.runner.planned import planned_command
@@ -42,23 +45,71 @@ def command_for(root: Path, name: str) -> Execute:
 
 
 class Watched:
-    """An engine whose model is watched: how many items its towers compute at a time. It may be made to lack memory for rows."""
+    """An engine whose model is watched: how many items its towers compute at a time.
 
-    def __init__(self, most_rows: int | None = None) -> None:
+    It may be made to lack memory for rows, or once to read images; at the `stop_at`th item it is told to stop.
+    """
+
+    def __init__(self, most_rows: int | None = None, *, lacks_once: bool = False, stop_at: int | None = None) -> None:
         self.items: list[int] = []
+        self.stop = threading.Event()
         self._most_rows = most_rows
+        self._lacks_once = lacks_once
+        self._stop_at = stop_at
         self.engine = Engine(self._passes)
 
     def _passes(self, model: LoadedModel, command: Execute) -> list[SpecializationPass]:
         tower: Any = model.module.get_encoder(modality="image" if command.profile.family == "gemma3" else "audio")
         first = next(part for part in tower.modules() if isinstance(part, nn.Conv1d | nn.Conv2d))
-        first.register_forward_pre_hook(lambda _module, arguments: self.items.append(len(arguments[0])))
+        first.register_forward_pre_hook(self._count)
         model.module.register_forward_pre_hook(self._refuse, with_kwargs=True)
-        return planned_passes(model, command)
+        return [*planned_passes(model, command), *([Cramped(model, len(command.rows))] if self._lacks_once else [])]
+
+    def _count(self, _module: Any, arguments: Any) -> None:
+        self.items.append(len(arguments[0]))
+        if len(self.items) == self._stop_at:
+            self.stop.set()
 
     def _refuse(self, _module: Any, _arguments: Any, named: dict[str, Any]) -> None:
         if self._most_rows is not None and named["logits_to_keep"].numel() > self._most_rows:
             raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+class Cramped:
+    """A pass that lets a processor read each row once, and then run out of memory once."""
+
+    pass_id = PassId.MLP_CHUNKING
+
+    def __init__(self, model: LoadedModel, rows: int) -> None:
+        self._model = model
+        self._left = rows
+
+    def check(self) -> PassOutcome | None:
+        """It can."""
+        return None
+
+    def apply(self) -> None:
+        """Put itself between the rows and the real processor's template."""
+        reader: Any = self._model.media
+        self._given = reader._processor.apply_chat_template
+        reader._processor.apply_chat_template = self._read
+
+    def _read(self, *arguments: Any, **named: Any) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            raise MemoryError
+        return self._given(*arguments, **named)
+
+    def evidence(self) -> PassOutcome:
+        """What every pass has to show."""
+        return NotNeeded(reason="a test")
+
+    def undo(self) -> None:
+        """The model's reader goes with its own pass."""
+
+    def measured(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
 
 
 def tensors_of(shape: tuple[int, ...]) -> int:
@@ -94,3 +145,20 @@ def test_towers_compute_one_at_a_time(root: Path, name: str, most_rows: int | No
     assert {row: result.text for row, result in results_of(messages).items()} == dict(enumerate([*alone, *alone]))
     assert set(watched.items) == {1}
     assert only(messages, Finished).measured["memory_halvings"] == (0 if most_rows is None else 2)
+
+
+def test_a_lack_of_memory_while_images_are_read_is_no_fault_of_theirs(root: Path) -> None:
+    """Rows begin anew, fewer at a time, and every one is answered."""
+    watched = Watched(lacks_once=True)
+    messages = run(watched.engine, command_for(root, "gemma3"))
+    assert {row: result.error for row, result in results_of(messages).items() if result.error} == {}
+    assert only(messages, Finished).measured["memory_halvings"] == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stop_is_heeded_inside_a_tower(root: Path, name: str) -> None:
+    """Nothing of the next image or sound is computed."""
+    watched, messages = Watched(stop_at=2), list[Message]()
+    watched.engine.execute(command_for(root, name), messages.append, watched.stop)
+    assert isinstance(messages[-1], Stopped)
+    assert len(watched.items) == 2

@@ -5,6 +5,7 @@ Sizes are in bytes.
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Collection, Iterable, Iterator
@@ -29,6 +30,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that host or device memory ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM  # no pages of memory, as under a limit of address space
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY_TEXTS)
 
 

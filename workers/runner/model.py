@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from workers.runner.kv.cache import PackCache, layers_of
 from workers.runner.prompts import ReadsMedia
@@ -106,12 +107,13 @@ def resident_cache(module: PreTrainedModel) -> CacheSource:
 
 @contextmanager
 def at_each_layer(model: LoadedModel, visit: Callable[[], None]) -> Iterator[None]:
-    """Call `visit` after every decoder layer of every forward pass."""
+    """Call `visit` after every layer of every forward pass: of the decoder, an encoder, and towers of images and sounds."""
 
     def visited(_module: nn.Module, _arguments: Any, _output: Any) -> None:
         visit()
 
-    hooks = [layer.register_forward_hook(visited) for layer in model.layers()]
+    others = [part for part in model.module.modules() if isinstance(part, GradientCheckpointingLayer)]
+    hooks = [layer.register_forward_hook(visited) for layer in dict.fromkeys([*model.layers(), *others])]
     try:
         yield
     finally:

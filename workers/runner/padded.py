@@ -60,7 +60,7 @@ class PaddedLoop:
         """The micro-batch's results; none when it was too large for the memory and was put back."""
         try:
             results = [answer.result() for answer in self.generate(batch)]
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
             results = [] if len(batch) > 1 else [out_of_memory(batch[0])]

@@ -17,6 +17,7 @@ from ollm_service.core.content import WrongPart, medium_of
 from ollm_service.core.plan import ModelModality
 from workers.runner.media.feeding import placeholder_of
 from workers.runner.media.sounds import decode_sound
+from workers.runner.memory import is_out_of_memory
 from workers.runner.prompts import ReadsMedia, RowRefused
 
 _LOCAL: Mapping[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -49,6 +50,8 @@ class ImageReader:
                 shown, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
             )
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise _refused(error) from error
         tensors = {name: value for name, value in found.items() if isinstance(value, Tensor) and name != "attention_mask"}
         return tensors.pop("input_ids")[0].tolist(), tensors
@@ -95,6 +98,8 @@ class SoundReader:
             text = self._tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=True)
             marked: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise _refused(error) from error
         if marked.count(self._token) != len(sounds):
             raise RowRefused(

@@ -153,7 +153,7 @@ class PackedLoop:
         self._pulse()
         try:
             self._step(cache)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
             is_over = False
