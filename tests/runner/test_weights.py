@@ -1,7 +1,7 @@
 """Does a model of which layers come from disk answer as the whole one does, and what if those files are damaged?"""
 
-import json
 import os
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +22,15 @@ from workers.runner.engine import Engine
 from workers.runner.interruptions import AttemptEnded
 from workers.runner.kv.files import free_bytes
 from workers.runner.raw import pages
-from workers.runner.weights.extents import ALIGNMENT, CorruptExtents, ExtentFile, ExtentWriter, Origin
+from workers.runner.weights.extents import (
+    ALIGNMENT,
+    CorruptExtents,
+    ExtentFile,
+    ExtentWriter,
+    Origin,
+    manifest_entry,
+    manifest_line,
+)
 from workers.runner.weights.offload import load_offloaded
 from workers.runner.weights.repack import open_extents
 
@@ -331,6 +339,20 @@ def test_every_message_of_a_streaming_plan_is_one_of_the_protocol(
     assert not of_kind(messages, AttemptFailed)
 
 
+def test_a_manifest_that_has_changed_is_never_believed(families: Callable[[str], Path], tmp_path: Path) -> None:
+    """A tensor that is said to lie elsewhere would be read without an error: the weights are laid out again instead."""
+    order = command(families("llama"), tmp_path, (0, 1))
+    right = answers(Engine(), order)
+    manifest = weights_folder(order) / "manifest.jsonl"
+    text = manifest.read_bytes()
+    (place,) = re.findall(rb'k_proj.weight","float32",\[\d+,\d+\],(\d+)', text)[:1]
+    changed = text.replace(b",%b," % place, b",%d," % (int(place) + 64), 1)
+    assert changed != text
+    manifest.write_bytes(changed)
+    assert answers(Engine(), order) == right
+    assert manifest.read_bytes() == text
+
+
 def test_two_runners_lay_one_model_out_once(families: Callable[[str], Path], tmp_path: Path) -> None:
     """The second waits for the first one's lock, says meanwhile that it is alive, and reads what the first has written."""
     model, order = families("llama"), command(families("llama"), tmp_path, (0, 1))
@@ -377,10 +399,10 @@ def test_a_weight_that_is_nowhere_is_never_computed_with(families: Callable[[str
     order = command(families("llama"), tmp_path, (0, 1))
     answers(Engine(), order)
     manifest = weights_folder(order) / "manifest.jsonl"
-    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    lines = [manifest_entry(line) for line in manifest.read_bytes().splitlines()]
     (around,) = (line for line in lines if line.get("name") == "")
     lost = around["tensors"].pop()[0]
-    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest.write_bytes(b"".join(manifest_line(line) for line in lines))
     failure = only(run(Engine(), order), AttemptFailed)
     assert failure.code == "load_failed"
     assert lost in failure.message

@@ -31,7 +31,7 @@ from torch import Tensor
 from workers.runner.interruptions import AttemptEnded
 from workers.runner.raw import bytes_of, memory_of, pages, write_all
 
-FORMAT, SCHEMA_VERSION = "ollm-extents", 2
+FORMAT, SCHEMA_VERSION = "ollm-extents", 3
 ALIGNMENT, TENSOR_ALIGNMENT = 4096, 64
 CHUNK_BYTES = 8 * 1024**2
 DATA = "weights.extents"
@@ -209,7 +209,7 @@ class ExtentWriter:
         os.close(self._manifest)
 
     def _note(self, *entries: Mapping[str, Any]) -> None:
-        lines = b"".join(json.dumps(entry, separators=(",", ":")).encode() + b"\n" for entry in entries)
+        lines = b"".join(manifest_line(entry) for entry in entries)
         while lines:
             lines = lines[os.write(self._manifest, lines) :]
         os.fsync(self._manifest)
@@ -360,6 +360,21 @@ def _open_to_read(path: Path) -> int:
     return os.open(path, flags)
 
 
+def manifest_line(entry: Mapping[str, Any]) -> bytes:
+    """An entry behind its own checksum: where tensors lie is as good as what they hold."""
+    text = json.dumps(entry, separators=(",", ":")).encode()
+    return b"%08x %b\n" % (zlib.crc32(text), text)
+
+
+def manifest_entry(line: bytes) -> dict[str, Any]:
+    """The entry of a line without its end. Raises ValueError for one that was cut or changed."""
+    checksum, _, text = line.partition(b" ")
+    if int(checksum, 16) != zlib.crc32(text):
+        raise ValueError("another checksum than when it was written")
+    entry: dict[str, Any] = json.loads(text)
+    return entry
+
+
 def _line_of(extent: Extent) -> dict[str, Any]:
     spans = [[span.name, span.dtype, span.shape, span.offset, span.size] for span in extent.spans]
     return {
@@ -389,7 +404,7 @@ def _read_manifest(folder: Path, origin: Origin) -> tuple[dict[str, Extent], lis
     extents: dict[str, Extent] = {}
     for line in text.split(b"\n")[:-1]:
         try:
-            entry = json.loads(line)
+            entry = manifest_entry(line)
             if "name" in entry:
                 extent = _extent_of(entry)
                 extents[extent.name] = extent

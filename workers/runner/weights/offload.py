@@ -5,6 +5,7 @@ vocabulary on disk is looked up there.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,11 +45,13 @@ def load_offloaded(command: Execute, device: torch.device, visit: Callable[[], N
         raise _ended("no_cache_folder", "Layers can be read from disk only where the worker has a cache folder.", "NoCacheFolder")
     folder = Path(command.weights_dir, command.profile.digest)
     try:
-        try:
-            return _load(command, _made(command, folder, visit), device, visit)
-        except CorruptExtents:
-            forget_extents(folder, visit)
-            return _load(command, _made(command, folder, visit), device, visit)
+        with _closed_on_failure(_made(command, folder, visit)) as source:
+            try:
+                return _load(command, source, device, visit)
+            except CorruptExtents:
+                forget_extents(folder, source, visit)
+        with _closed_on_failure(_made(command, folder, visit)) as source:
+            return _load(command, source, device, visit)
     except CorruptExtents as error:
         raise _ended(
             "weights_corrupt", f"Weights that were written twice cannot be read back: {first_line(error)}", error
@@ -58,11 +61,20 @@ def load_offloaded(command: Execute, device: torch.device, visit: Callable[[], N
 
 
 def _load_export(command: Execute, device: torch.device, visit: Callable[[], None]) -> tuple[PreTrainedModel, LayerStream]:
-    source = open_export(Path(command.model_dir))
+    with _closed_on_failure(open_export(Path(command.model_dir))) as source:
+        try:
+            return _load(command, source, device, visit)
+        except CorruptExtents as error:
+            raise source.refusal(error) from error
+
+
+@contextmanager
+def _closed_on_failure(source: ExtentFile) -> Iterator[ExtentFile]:
     try:
-        return _load(command, source, device, visit)
-    except CorruptExtents as error:
-        raise source.refusal(error) from error
+        yield source
+    except BaseException:
+        source.close()
+        raise
 
 
 def _made(command: Execute, folder: Path, visit: Callable[[], None]) -> ExtentFile:
@@ -75,29 +87,25 @@ def _load(
     command: Execute, source: ExtentFile, device: torch.device, visit: Callable[[], None]
 ) -> tuple[PreTrainedModel, LayerStream]:
     placement = command.placement
-    try:
-        module = skeleton(Path(command.model_dir), command.runtime_plan.generic_model_kind)
-        _refuse_misfits(module, source)
-        names = layer_names(module)
-        in_host = [names[layer] for layer in placement.host_layers]
-        on_disk = [names[layer] for layer in placement.disk_layers]
-        away = {*in_host, *on_disk, *(vocabulary_keys(module) if placement.vocabulary_on_disk else ())}
-        for extents in _resident(source, names, away):
-            _put(module, source, extents, device)
-            visit()
-        module.tie_weights()
-        _move_buffers(module, device)
-        _refuse_unbound(module, away)
-        host = {name: _read(source, source.layer(name), device) for name in in_host}
-        layers = [off_device(module, name, source.layer(name)) for name in names if name in away]
-        tiles = head_tiles(module, source) if placement.vocabulary_on_disk else ()
-        stream = LayerStream(layers, source, device, host, tiles)
-        if placement.vocabulary_on_disk:
-            leave_on_disk(module, stream)
-        return module, stream
-    except BaseException:
-        source.close()
-        raise
+    module = skeleton(Path(command.model_dir), command.runtime_plan.generic_model_kind)
+    _refuse_misfits(module, source)
+    names = layer_names(module)
+    in_host = [names[layer] for layer in placement.host_layers]
+    on_disk = [names[layer] for layer in placement.disk_layers]
+    away = {*in_host, *on_disk, *(vocabulary_keys(module) if placement.vocabulary_on_disk else ())}
+    for extents in _resident(source, names, away):
+        _put(module, source, extents, device)
+        visit()
+    module.tie_weights()
+    _move_buffers(module, device)
+    _refuse_unbound(module, away)
+    host = {name: _read(source, source.layer(name), device) for name in in_host}
+    layers = [off_device(module, name, source.layer(name)) for name in names if name in away]
+    tiles = head_tiles(module, source) if placement.vocabulary_on_disk else ()
+    stream = LayerStream(layers, source, device, host, tiles)
+    if placement.vocabulary_on_disk:
+        leave_on_disk(module, stream)
+    return module, stream
 
 
 def _refuse_misfits(module: PreTrainedModel, source: ExtentFile) -> None:

@@ -24,7 +24,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from ollm_service.core.passing import tile_rows
 from ollm_service.core.plan import GenericModelKind
 from workers.runner.weights.checkpoint import AUTO_CLASSES, load_checkpoint
-from workers.runner.weights.extents import CorruptExtents, ExtentFile, ExtentWriter, Origin, delete_extents
+from workers.runner.weights.extents import CorruptExtents, ExtentFile, ExtentWriter, Origin
 from workers.runner.weights.parts import experts_of, vocabulary_keys
 from workers.runner.weights.streaming import layer_names
 
@@ -65,10 +65,10 @@ def open_extents(
             return ExtentFile(folder, origin)
 
 
-def forget_extents(folder: Path, visit: Callable[[], None]) -> None:
-    """Delete extents that have turned out to be corrupt, so that they are made again. Raises OSError."""
+def forget_extents(folder: Path, source: ExtentFile, visit: Callable[[], None]) -> None:
+    """Delete extents that have turned out to be corrupt, unless another runner has made them again already. Raises OSError."""
     with _locked(folder / _LOCK, visit):
-        delete_extents(folder)
+        source.delete()
 
 
 def _repack(
