@@ -206,9 +206,12 @@ def test_no_room_for_extents_is_said_in_bytes(families: Callable[[str], Path], t
     assert nowhere.code == "no_cache_folder"
 
 
-def test_a_disk_that_fills_up_while_weights_are_laid_out_says_so(families: Callable[[str], Path], small_disk: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen3-moe"])
+def test_a_disk_that_fills_up_while_weights_are_laid_out_says_so(
+    families: Callable[[str], Path], small_disk: Path, family: str
+) -> None:
     """A model of which nothing is known takes what there is. With room again the next attempt goes on and answers."""
-    order = command(families("llama"), small_disk, (0, 1))
+    order = command(families(family), small_disk, (0, 1))
     filler = small_disk / "filler"
     filler.write_bytes(bytes(free_bytes(small_disk) - 64 * 1024))
     failed = only(run(Engine(), order), AttemptFailed)

@@ -7,6 +7,7 @@ loaded can be streamed. It is asked to keep all weights on disk, which takes no 
 import errno
 import fcntl
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from pathlib import Path
 from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
@@ -87,14 +89,23 @@ def _repack(
             scratch.mkdir()
             module, loader = loaded_on_disk(model_dir, scratch, kind)
             write_model(writer, module, loader, visit)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        full = _full_disk(error)
+        if full is None:
             raise
         raise NoRoomForExtents(
-            f"{error.strerror} in {folder}, where the weights are laid out by layers. Make room, and it goes on from there."
+            f"{full} in {folder}, where the weights are laid out by layers. Make room, and it goes on from there."
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _full_disk(error: OSError | SafetensorError) -> str | None:
+    """What the system says of a full disk, which transformers' joined weights meet inside safetensors; None for anything else."""
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        if (isinstance(error, OSError) and error.errno == number) or f"(os error {number})" in str(error):
+            return os.strerror(number)
+    return None
 
 
 def loaded_on_disk(model_dir: Path, scratch: Path, kind: GenericModelKind | None) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
