@@ -6,15 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ollm_service.core.leasing import WorkRow
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
-from ollm_service.core.passes import Applied, Failed, NotNeeded
+from ollm_service.core.packing import BLOCK_TOKENS
+from ollm_service.core.passes import Applied, Failed, NotNeeded, describe
 from ollm_service.core.plan import PassId
 from ollm_service.core.wire import BatchDone, BatchStarted, Execute, Finished, Message, SpecializationFailed
 from tests.runner.commands import chat_row, first_outcomes, make_command, of_kind, only, results_of, run, texts, work_row
 from tests.runner.media_models import image_part
+from workers.runner.backends import generic
 from workers.runner.engine import Engine
+from workers.runner.passes.mlp_chunking import MlpChunking
 
 DISK, CHUNKS = PassId.DISK_CACHE, PassId.MLP_CHUNKING
 # Of the small llama: 2 layers, keys and values, 2 key heads of 8 floats.
@@ -89,6 +93,19 @@ def test_chunks_are_counted(engine: Engine, llama: Path) -> None:
     messages = run(engine, command)
     assert first_outcomes(messages)[CHUNKS] == Applied(evidence="6 chunks of at most 8 rows")
     assert only(messages, Finished).measured["mlp_chunks"] == 6
+
+
+def test_chunks_adapt_to_free_memory_and_stay_as_large_as_a_block(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no memory to spare an MLP still computes what the placement has counted at a time; with enough, all rows at once."""
+    model = generic.load(make_command(llama, [work_row(0, "x")]), lambda: None)
+    mlp_rows = torch.randn(1, 2 * BLOCK_TOKENS + 5, model.module.config.hidden_size)
+    for reserve, expected in ((2**60, "3 chunks of at most 1,024 rows"), (0, "the largest forward pass had 2,053 rows")):
+        monkeypatch.setattr("workers.runner.passes.mlp_chunking._LEAST_RESERVE", reserve)
+        chunking = MlpChunking(model, make_command(llama, [work_row(0, "x")], passes=(CHUNKS,)))
+        chunking.apply()
+        model.module.get_submodule("model.layers.0.mlp")(mlp_rows)
+        assert expected in describe(chunking.evidence())
+        chunking.undo()
 
 
 @pytest.mark.parametrize("chunk_rows", [64, None])

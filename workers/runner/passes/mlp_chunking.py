@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ollm_service.core.packing import BLOCK_TOKENS
 from ollm_service.core.passes import Applied, Failed, NotNeeded, PassOutcome
 from ollm_service.core.plan import PassId
 from ollm_service.core.wire import Execute
@@ -83,7 +84,7 @@ class MlpChunking:
             return NotNeeded(
                 reason=f"the largest forward pass had {self._largest_pass:,} rows, one chunk holds {self._smallest_limit:,}"
             )
-        return Applied(evidence=f"{self._chunks:,} chunks of at most {self._most_rows:,} rows")
+        return Applied(evidence=f"{self._chunks:,} chunks of at most {self._smallest_limit:,} rows")
 
     def undo(self) -> None:
         """Put the model's own MLPs back."""
@@ -114,11 +115,14 @@ class MlpChunking:
 
     def _fresh_limit(self) -> int:
         if self._is_adaptive:
-            self._limit = max(1, min(self._most_rows, self._rows_that_fit()))
+            self._limit = min(self._most_rows, max(BLOCK_TOKENS, self._rows_that_fit()))
         return self._limit
 
     def _rows_that_fit(self) -> int:
-        """Rows whose intermediates fit into free memory less a reserve: 512 MiB, or an eighth of what is free if that is more."""
+        """Rows whose intermediates fit into free memory less a reserve: 512 MiB, or an eighth of what is free if that is more.
+
+        Where memory is tight that says nothing of the rows of a block, for which the placement has made room.
+        """
         device = self._model.device
         free = _free_device_bytes(device) if device.type == "cuda" else free_host_bytes()
         if free is None:
