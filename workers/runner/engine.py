@@ -5,12 +5,10 @@ only when every planned pass has ended well: otherwise the pass's failure is rep
 kept.
 """
 
-import gc
 import threading
 import time
 from collections.abc import Callable, Sequence
 
-import torch
 from safetensors import SafetensorError
 
 from ollm_service.core.wire import Execute, Loaded, Message, Stopped
@@ -18,7 +16,7 @@ from workers.runner.attempt import Attempt
 from workers.runner.backends import generic, native
 from workers.runner.interruptions import AttemptEnded, PassFailed, StopRequested, first_line
 from workers.runner.memory import host_bytes, is_out_of_memory
-from workers.runner.model import LoadedModel
+from workers.runner.model import LoadedModel, free_memory
 from workers.runner.passes.specialization import AppliedPasses, SpecializationPass
 from workers.runner.progress import REPORT_SECONDS, LoadWatch, Pulse, Report
 
@@ -95,7 +93,7 @@ class Engine:
             attempt.report(Loaded(seconds=0.0, was_warm=True))
             return self._model
         self._model = None
-        _free_memory()
+        free_memory()
         with LoadWatch(attempt.report, "loading"):
             try:
                 self._model = generic.load(command, attempt.pulse)
@@ -114,9 +112,3 @@ def _load_failure(error: Exception) -> AttemptEnded:
         message=first_line(error),
         error_type=type(error).__name__,
     )
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

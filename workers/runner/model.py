@@ -3,6 +3,7 @@
 B rows, L new positions of each, T positions so far, V vocabulary.
 """
 
+import gc
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -103,6 +104,13 @@ def resident_cache(module: PreTrainedModel) -> CacheSource:
             cache.close()
 
     return opened
+
+
+def free_memory() -> None:
+    """Free what nobody refers to any more, and what torch's allocator keeps for later."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

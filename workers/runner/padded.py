@@ -6,7 +6,6 @@ and tried again.
 B rows, P tokens of the longest prompt, T positions so far, V vocabulary.
 """
 
-import gc
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
 
@@ -19,7 +18,7 @@ from workers.runner.answers import NOT_A_NUMBER, Answer, out_of_memory
 from workers.runner.batching import MicroBatches
 from workers.runner.measurements import Measurements
 from workers.runner.memory import is_out_of_memory
-from workers.runner.model import LoadedModel
+from workers.runner.model import LoadedModel, free_memory
 from workers.runner.progress import Pulse
 from workers.runner.prompts import EncodedRow
 from workers.runner.sampling import choice_of, choose_tokens
@@ -70,9 +69,7 @@ class PaddedLoop:
         # Outside the except clause, so that the error's frames no longer hold the tensors.
         self.measurements.halvings += 1
         self._batches.halve(batch)
-        gc.collect()
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory()
         return []
 
     @torch.inference_mode()

@@ -7,7 +7,6 @@ anew, at most half as many at a time.
 M tokens whose logits are wanted, V vocabulary.
 """
 
-import gc
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
 
@@ -21,7 +20,7 @@ from workers.runner.kv.cache import PackCache
 from workers.runner.measurements import Measurements
 from workers.runner.media.feeding import features_of, one_at_a_time, placeholder_of
 from workers.runner.memory import is_out_of_memory
-from workers.runner.model import LoadedModel
+from workers.runner.model import LoadedModel, free_memory
 from workers.runner.packed.attachment import PackedModel
 from workers.runner.packed.draft import DraftModel
 from workers.runner.packed.guessing import Guesser, Guesses
@@ -277,9 +276,7 @@ class PackedLoop:
             if beginning is not None and beginning.sequence is not None:
                 cache.forget(beginning.sequence)
                 beginning.sequence = None
-        gc.collect()
-        if self._model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory()
         if len(stopped) == 1 and not self._is_trying:
             self._forget(stopped[0], cache)
             return [out_of_memory(stopped[0].answer.row)]
