@@ -107,8 +107,8 @@ def _kv(profile: ModelProfile, layout: Layout, rows: int, tokens: int, prompt: i
 def kv_file_bytes(profile: ModelProfile, kv: KVCacheStrategy, *, rows: int, tokens: int, window_tokens: int) -> int:
     """What the files of a KV cache take at most, for so many rows of so many tokens; 0 where the profile does not tell.
 
-    The page in which a prompt ends has the place of a full one, and in a ring so has that which is being left. Layers of sliding
-    attention stay in memory.
+    The page in which a prompt ends has the place of a full one, that in which a beginning ends that rows share, too, and in a ring
+    so has that which is being left. Layers of sliding attention stay in memory.
     """
     if kv not in IN_FILES:
         return 0
@@ -120,4 +120,5 @@ def kv_file_bytes(profile: ModelProfile, kv: KVCacheStrategy, *, rows: int, toke
         elements = profile.kv_bytes_per_token // profile.element_bytes
         head_size = profile.attention_width // max(1, profile.attention_heads)
         a_token = elements + SCALE_BYTES * -(-elements // max(1, head_size))
-    return rows * (kept + page) * a_token
+    begun = 2 if kv is KVCacheStrategy.PAGED else 1  # beginnings are shared only where every token is kept as it was
+    return rows * (kept + begun * page) * a_token

@@ -239,7 +239,7 @@ def test_kv_in_files_leaves_one_history_in_memory() -> None:
     found = needs(layout=PAGED, rows=2, prompt=1, answer=999)
     tails = 2 * (128 + MOST_TRIED_TOKENS + 1) * LAYERS * KV
     assert found.kv == (1000 + 128 + 128) * KV + tails
-    assert found.disk == 2 * (1000 + 128) * LAYERS * KV
+    assert found.disk == 2 * (1000 + 2 * 128) * LAYERS * KV
     wide = replace(MODEL, kv_bytes_per_token=LAYERS * KV * 1024, widest_kv_bytes_per_token=KV * 1024)
     page = MOST_TAIL_BYTES // (4 * KV * 1024)  # of four rows; of one it is four times as large
     kept = needs(wide, PAGED, rows=4, prompt=1, answer=999).kv
