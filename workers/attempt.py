@@ -140,7 +140,10 @@ class Attempt:
             except BrokenCheckpoint as broken:
                 self._fail("adapter_refused", f"The adapter {self._assignment.config.adapter_dir} cannot be used: {broken}.")
                 return self._ending or Ending.LOST
-            if self._order(profile) and self._started():
+            placed = self._place(self._plan, profile)
+            if isinstance(placed, Unplaceable):
+                return self._decline(placed.reason)
+            if self._take_place(placed, profile) and self._started():
                 while self._ending is None:
                     message = self._slot.runner.receive(timeout=TICK_SECONDS)
                     if message is not None:
@@ -155,25 +158,28 @@ class Attempt:
         """The model as this worker has it: the same digest, perhaps under another name."""
         return self._around.capabilities().model(self._assignment.profile.digest)
 
-    def _order(self, profile: ModelProfile) -> bool:
-        """Place the plan and hand it to the runner; False where it was declined."""
-        work = self._assignment
-        missing = [row for row in work.rows if row.row in self._missing]
+    def _bounds(self, profile: ModelProfile) -> RowBounds:
+        """How long the rows without an answer may be."""
+        missing = [row for row in self._assignment.rows if row.row in self._missing]
         of_image = profile.most_image_tokens
         lengths, prompts = [], []
         for row in missing:
             known, request = self._known_lengths.get(row.row), request_of(row)
             lengths.append(known.tokens if known else most_tokens(request, row.generation.max_new_tokens, of_image))
             prompts.append(known.prompt_tokens if known else most_prompt_tokens(request, of_image))
-        bounds = RowBounds(
+        return RowBounds(
             longest=max(lengths, default=1),
             longest_prompt=max(prompts, default=1),
             shortest=min(lengths, default=1),
             count=len(missing),
             are_sampled=not all(row.generation.is_greedy for row in missing),
         )
-        placed = place(
-            self._plan,
+
+    def _place(self, plan: RuntimePlan, profile: ModelProfile) -> Placement | Unplaceable:
+        """Where this worker would run a plan of these rows now."""
+        work, bounds = self._assignment, self._bounds(profile)
+        return place(
+            plan,
             profile,
             work.config,
             work.requirements,
@@ -182,9 +188,10 @@ class Attempt:
             bounds,
             micro_batch_limit=work.micro_batch_limit,
         )
-        if isinstance(placed, Unplaceable):
-            self._decline(placed.reason)
-            return False
+
+    def _take_place(self, placed: Placement, profile: ModelProfile) -> bool:
+        """Reserve the place and hand the plan to the runner; False where the attempt ended instead."""
+        bounds = self._bounds(profile)
         self._placement = placed
         longest = min(bounds.longest, profile.most_row_tokens or bounds.longest)
         is_partial = placed.longest_row_tokens is not None and placed.longest_row_tokens < longest
@@ -290,6 +297,10 @@ class Attempt:
             self._answered["allowed_tokens"] += row.generation.max_new_tokens
 
     def _fall_back(self, failed: SpecializationFailed, profile: ModelProfile) -> None:
+        """Go on with the generic backend, or fail with what the pass said, where that may not be or has no room here.
+
+        A decline would cost nothing, so that the same pass would fail here again and again.
+        """
         if self._stopping is not None:
             self._conclude()
             return
@@ -303,9 +314,14 @@ class Attempt:
         if isinstance(outcome, CannotFallBack):
             self._fail("pass_failed", f"{failed.reason} (no fallback: {outcome.reason})", outcomes=failed.outcomes)
             return
+        placed = self._place(outcome, profile)
+        if isinstance(placed, Unplaceable):
+            message = f"{failed.reason} (the fallback to {outcome.backend_id} does not fit here: {placed.reason})"
+            self._fail("pass_failed", message, outcomes=failed.outcomes)
+            return
         _log.info("fallback", extra={"plan_id": work.plan_id, "reason": failed.reason})
         self._plan = outcome
-        self._order(profile)
+        self._take_place(placed, profile)
 
     def _place_again(self, too_long: Sequence[LongRow], profile: ModelProfile) -> bool:
         """Rows may be longer than any bound knew, by what their model's chat template writes itself: make room for those.
@@ -318,7 +334,12 @@ class Attempt:
         if self._lease.is_lost(self._around.clock()) or self._waiting:
             return False
         self._known_lengths |= {row.row: row for row in too_long}
-        self._order(profile)
+        placed = self._place(self._plan, profile)
+        if isinstance(placed, Unplaceable):
+            most = max(row.tokens for row in too_long)
+            self._fail("rows_missing", f"{len(too_long)} rows have up to {most:,} tokens, for which there is no room: {placed.reason}")
+        else:
+            self._take_place(placed, profile)
         return True
 
     def _bury(self, died: Died, profile: ModelProfile) -> None:

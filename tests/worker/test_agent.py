@@ -123,6 +123,30 @@ def test_a_failed_pass_falls_back(place: Place) -> None:
     assert plan.runtime_plan.details["pass_mlp_chunking"] == "failed(the script wants it to fail)"
 
 
+def test_a_fallback_that_does_not_fit_fails_the_attempt(place: Place) -> None:
+    """It is counted, so that the pass cannot fail here for ever, and it tells what the pass said and which room is lacking."""
+    make_model(place.models_dir / "deep", {**TINY_LLAMA, "max_position_embeddings": MOST_TOKENS, "num_hidden_layers": 64})
+    place.use_model("deep")
+    # Keys and values of one row take more than the limit; a layer's part of them does not, and files hold the others.
+    job = place.submit(["a"], max_new_tokens=300_000)
+    with place.agent(runner_command=f"{RUNNER} --fail-pass mlp-chunking", memory_limit_gb=1.0):
+        wait_for(lambda: {"fail", "decline"} & set(kinds(place, job)), timeout=SECONDS, what="the end of an attempt")
+    detail = place.detail(job)
+    assert (detail.plan.state, detail.plan.failures, detail.plan.declines) == (State.QUEUED, 1, 0)
+    assert detail.plan.runtime_plan.specialization_state is SpecializationState.PLANNED
+    (failure,) = [event for event in detail.events if event.kind == "fail"]
+    assert failure.reason is not None
+    assert failure.reason.startswith(
+        "pass_failed: the script wants it to fail (the fallback to transformers-generic does not fit here: cpu, "
+    )
+    assert "bytes needed for one row" in failure.reason
+    attempt = detail.attempts[0]
+    assert attempt.placement is not None
+    assert attempt.placement["tier"] == "KV cache in files"
+    assert attempt.measured is not None
+    assert attempt.measured["passes"] == {"mlp-chunking": "failed(the script wants it to fail)"}
+
+
 def test_a_runner_that_dies_while_falling_back_blames_no_row(place: Place) -> None:
     """Rows were in flight when the pass failed; they are not when the runner dies at loading the model again."""
     job = place.submit(["a"])
