@@ -16,7 +16,8 @@ in capitals (the last message's content for `messages`). Words in a prompt steer
     [where=FILE]    its process id is appended to the file
 
 Options: `--load-seconds S` for a model that is not warm, `--micro-batch N` at most, `--fail-pass ID` reports that planned pass as
-failed when rows are in flight and none is answered, `--die-loading`, `--die-loading-generic` the same for a plan without passes.
+failed when rows are in flight and none is answered, `--die-loading`, `--die-loading-generic` the same for a plan without passes,
+`--leave-after-failure`: it ends when it has reported that a plan or its passes failed.
 """
 
 import argparse
@@ -88,6 +89,8 @@ class ScriptedRunner:
                 self._execute(order)
             except Told as end:
                 self._say(end.message)
+                if self._options.leave_after_failure and isinstance(end.message, (AttemptFailed, SpecializationFailed)):
+                    return
             else:
                 self._say(Finished(measured={"peak_host_bytes": 1.0}))
 
@@ -212,6 +215,7 @@ def main() -> None:
     parser.add_argument("--fail-pass", default="")
     parser.add_argument("--die-loading", action="store_true")
     parser.add_argument("--die-loading-generic", action="store_true")
+    parser.add_argument("--leave-after-failure", action="store_true")
     options = parser.parse_args()
     ScriptedRunner(socket.socket(fileno=options.fd), options).serve()
 

@@ -1,7 +1,8 @@
 """What if the metal fails? The real runner with the real model, which dies on marked prompts.
 
 Run it in the place of the real one: `OLLM_RUNNER_COMMAND="PYTHON -m tests.runner.faulty_runner"`. A prompt that contains
-`[crash]` kills the process by SIGSEGV while its micro-batch is in flight; `[crash-batch]` only while the row is not alone.
+`[crash]` kills the process by SIGSEGV while its micro-batch is in flight; `[crash-batch]` only while the row is not alone;
+`[surprise]` raises what nobody expects there.
 """
 
 import os
@@ -27,8 +28,12 @@ class FaultyEngine:
 
         def watched(message: Message) -> None:
             report(message)
-            if isinstance(message, BatchStarted) and any(_kills(rows[row], len(message.rows)) for row in message.rows):
+            if not isinstance(message, BatchStarted):
+                return
+            if any(_kills(rows[row], len(message.rows)) for row in message.rows):
                 os.kill(os.getpid(), signal.SIGSEGV)
+            if any("[surprise]" in _text(rows[row]) for row in message.rows):
+                raise LookupError("as told")
 
         self._engine.execute(command, watched, stop)
 
@@ -36,10 +41,18 @@ class FaultyEngine:
         """As the real engine does."""
         self._engine.abandon()
 
+    def has_lost(self, device_id: str) -> bool:
+        """As the real engine does."""
+        return self._engine.has_lost(device_id)
+
 
 def _kills(row: WorkRow, batch_size: int) -> bool:
-    text = f"{row.prompt} {row.messages}"
+    text = _text(row)
     return "[crash]" in text or ("[crash-batch]" in text and batch_size > 1)
+
+
+def _text(row: WorkRow) -> str:
+    return f"{row.prompt} {row.messages}"
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from ollm_service.core.wire import (
 from tests.runner.commands import make_command, of_kind, only, results_of, work_row
 from tests.runner.models import DEMO_MODEL, ROOT
 from tests.waiting import wait_for
+from workers.runner.__main__ import DEVICE_LOST
 from workers.runner.channel import Channel
 
 LAST = (Finished, Stopped, SpecializationFailed, AttemptFailed)
@@ -128,14 +129,25 @@ def test_a_stop_is_heeded_in_the_middle(runner: Runner, llama: Path) -> None:
     assert isinstance(runner.until_last()[-1], Finished)
 
 
-def test_a_surprise_ends_the_plan_and_not_the_runner(runner: Runner, llama: Path) -> None:
-    """A device that does not exist fails the attempt with the error's kind; the next plan runs."""
+def test_a_surprise_ends_the_plan_and_not_the_runner(llama: Path) -> None:
+    """What nobody expected fails the attempt with the error's kind; the next plan runs."""
+    with Runner("tests.runner.faulty_runner") as runner:
+        runner.channel.send(make_command(llama, [work_row(0, "[surprise]", max_new_tokens=2)]))
+        failure = only(runner.until_last(), AttemptFailed)
+        assert (failure.code, failure.error_type) == ("runner_error", "LookupError")
+        runner.channel.send(make_command(llama, [work_row(0, "hello", max_new_tokens=2)]))
+        assert isinstance(runner.until_last()[-1], Finished)
+
+
+def test_a_runner_leaves_when_its_device_cannot_be_used(llama: Path) -> None:
+    """The attempt fails as it would anyway, and then the process ends: every later plan would fail in it, too."""
     command = make_command(llama, [work_row(0, "hello", max_new_tokens=2)])
-    runner.channel.send(replace(command, placement=replace(command.placement, device_id="no-such-device")))
-    failure = only(runner.until_last(), AttemptFailed)
-    assert failure.error_type == "RuntimeError"
-    runner.channel.send(command)
-    assert isinstance(runner.until_last()[-1], Finished)
+    with Runner("workers.runner") as runner:
+        runner.channel.send(replace(command, placement=replace(command.placement, device_id="no-such-device")))
+        failure = only(runner.until_last(), AttemptFailed)
+        assert failure.error_type == "RuntimeError"
+        assert runner.channel.receive() is None
+        assert runner.process.wait(timeout=PATIENCE) == DEVICE_LOST
 
 
 @pytest.fixture

@@ -123,6 +123,30 @@ def test_a_failed_pass_falls_back(place: Place) -> None:
     assert plan.runtime_plan.details["pass_mlp_chunking"] == "failed(the script wants it to fail)"
 
 
+def test_a_runner_that_left_when_it_had_failed_is_replaced(place: Place, tmp_path: Path) -> None:
+    """It has told what happened, so its end is no crash: a new one answers what comes next."""
+    mark = f"[where={tmp_path}/pids]"
+    failing = place.submit([f"[fail-permanently] {mark}"])
+    with place.agent(runner_command=f"{RUNNER} --leave-after-failure"):
+        place.wait_for_end(failing)
+        job = place.submit([f"a {mark}"])
+        place.wait_for_end(job)
+    assert "crash" not in kinds(place, failing) + kinds(place, job)
+    assert place.detail(job).plan.attempt == 1
+    assert len(set((tmp_path / "pids").read_text().split())) == 2
+
+
+def test_a_fallback_outlives_the_runner_whose_pass_failed(place: Place) -> None:
+    """A runner that ends after telling of the failed pass takes nothing along: a new one answers in the same attempt."""
+    job = place.submit(["a", "b"])
+    with place.agent(runner_command=f"{RUNNER} --fail-pass mlp-chunking --leave-after-failure"):
+        place.wait_for_end(job)
+    assert place.texts(job) == {0: "A", 1: "B"}
+    plan = place.detail(job).plan
+    assert (plan.attempt, plan.failures) == (1, 0)
+    assert plan.runtime_plan.specialization_state is SpecializationState.FALLBACK
+
+
 def test_a_fallback_that_does_not_fit_fails_the_attempt(place: Place) -> None:
     """It is counted, so that the pass cannot fail here for ever, and it tells what the pass said and which room is lacking."""
     make_model(place.models_dir / "deep", {**TINY_LLAMA, "max_position_embeddings": MOST_TOKENS, "num_hidden_layers": 64})

@@ -18,6 +18,7 @@ from workers.runner.channel import Channel, Inbox
 from workers.runner.memory import give_back_what_is_freed
 from workers.runner.progress import Report
 
+DEVICE_LOST = 4  # the exit code of a runner whose device went out of its reach
 _LOG = logging.getLogger("workers.runner")
 
 
@@ -29,6 +30,9 @@ class Executes(Protocol):
 
     def abandon(self) -> None:
         """Delete the current plan's files; called from another thread when the supervisor is gone."""
+
+    def has_lost(self, device_id: str) -> bool:
+        """Whether this process can use the device no more."""
 
 
 def load_engine() -> Executes:
@@ -44,7 +48,7 @@ def measure_speed() -> Speed:
 
 
 def main(arguments: Sequence[str], make_engine: Callable[[], Executes] = load_engine) -> NoReturn:
-    """Run until the socket ends."""
+    """Run until the socket ends, or until a plan's device cannot be used any more: only another process can use it then."""
     parser = argparse.ArgumentParser(prog="python -m workers.runner", description=__doc__)
     parser.add_argument("--fd", type=int, required=True, help="number of the inherited stream socket to the supervisor")
     channel = Channel(socket.socket(fileno=parser.parse_args(arguments).fd))
@@ -80,6 +84,9 @@ def main(arguments: Sequence[str], make_engine: Callable[[], Executes] = load_en
                     error_type=type(error).__name__,
                 )
             )
+        if engine.has_lost(command.execute.placement.device_id):
+            _LOG.warning("device_lost plan_id=%s device_id=%s", command.execute.plan_id, command.execute.placement.device_id)
+            os._exit(DEVICE_LOST)  # what is left to tidy up would need the device
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:

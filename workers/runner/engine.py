@@ -65,6 +65,21 @@ class Engine:
         self._passes.undo()
         self._passes = AppliedPasses(())
 
+    def has_lost(self, device_id: str) -> bool:
+        """Whether this process can use the device no more. Waits for what it still computes.
+
+        After a failed assertion in a kernel, or its access to memory that is not its own, every later call in the process fails,
+        whatever the exception was that told of it (torch.AcceleratorError, or cuBLAS's own), and whatever that became here: a
+        failed pass, a failed load or a surprise.
+        """
+        if device_id == "cpu":
+            return False
+        try:
+            torch.accelerator.synchronize(device_id)
+        except RuntimeError:
+            return True
+        return False
+
     def _carry_out(self, attempt: Attempt) -> Message:
         """Returns the last message."""
         command = attempt.command
