@@ -1,7 +1,7 @@
 """Where may a slot keep its KV files, is the disk any good, and what did dead runners leave there?
 
 Every slot of every worker on this machine owns one folder, by a lock that the kernel drops when the worker ends, so that what
-lies in a folder whose lock can be taken is garbage.
+lies in a folder whose lock can be taken is garbage. The same goes for what a runner needs while it lays weights out.
 """
 
 import contextlib
@@ -18,6 +18,8 @@ MOST_SLOTS = 256
 PROBE_CHUNK_BYTES = 4 * 1024**2
 PROBE_MOST_BYTES = 64 * 1024**2
 PROBE_SECONDS = 0.25
+# What the runner calls them in each model's folder of weights: `workers.runner.weights.repack`.
+_LAYOUT_LOCK, _LAYOUT_SCRATCH = "writer.lock", "loading"
 
 
 class NoCacheFolder(Exception):
@@ -45,7 +47,11 @@ class CacheFolder:
         return self.path.parent / "weights"
 
     def sweep(self) -> int:
-        """Delete what is in it, and return how many entries that were. Call it when no runner uses the folder."""
+        """Delete what is in it, and return how many entries that were. Call it when no runner uses the folder.
+
+        What runners had beside the weights that they were laying out when they were killed goes as well, whosever they were.
+        """
+        _sweep_layouts(self.weights_path)
         entries = 0
         for entry in self._entries():
             entries += 1
@@ -67,6 +73,14 @@ class CacheFolder:
                 yield from list(found)
         except OSError:
             return
+
+
+def _sweep_layouts(weights: Path) -> None:
+    """Delete the scratch folders whose writer is gone. The extents stay: whoever lays the model out next goes on from there."""
+    for scratch in weights.glob(f"*/{_LAYOUT_SCRATCH}"):
+        with contextlib.suppress(OSError), (scratch.parent / _LAYOUT_LOCK).open("rb+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its writer lives
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def take_folder(root: Path) -> CacheFolder:

@@ -2,6 +2,9 @@
 
 import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,8 +19,9 @@ from ollm_service.core.plan import GenericModelKind, PassId
 from ollm_service.core.wire import AttemptFailed, Execute, Finished, Loaded
 from tests.runner.commands import answers, first_outcomes, make_command, of_kind, only, results_of, run, work_row
 from tests.runner.disks import is_on_a_disk
-from tests.runner.models import plain_greedy
+from tests.runner.models import ROOT, plain_greedy
 from tests.waiting import wait_for
+from workers.cache_folder import take_folder
 from workers.runner.engine import Engine
 from workers.runner.interruptions import AttemptEnded
 from workers.runner.kv.files import free_bytes
@@ -379,6 +383,35 @@ def test_two_runners_lay_one_model_out_once(families: Callable[[str], Path], tmp
     first.join(timeout=30)
     assert waits.is_set()
     assert {path.name for path in folder.iterdir()} == {"weights.extents", "manifest.jsonl", "writer.lock"}
+
+
+KILLED = """
+import os
+import signal
+import sys
+from pathlib import Path
+from ollm_service.core.plan import GenericModelKind
+from workers.runner.weights.extents import Origin
+from workers.runner.weights.repack import open_extents
+model, folder, digest, version = sys.argv[1:]
+origin = Origin(digest=digest, transformers=version)
+open_extents(
+    Path(model), Path(folder), origin, GenericModelKind.CAUSAL_LM, 0, lambda: os.kill(os.getpid(), signal.SIGKILL)
+)
+"""
+
+
+def test_a_worker_sweeps_what_a_killed_layout_needed_no_longer(families: Callable[[str], Path], tmp_path: Path) -> None:
+    """Whatever model its runners lay out next; that one is laid out from where it was left."""
+    model, order = families("qwen3-moe"), command(families("qwen3-moe"), tmp_path, (0, 1))
+    folder = weights_folder(order)
+    arguments = [str(model), str(folder), order.profile.digest, transformers.__version__]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert list((folder / "loading").iterdir())
+    take_folder(tmp_path).release()
+    assert {path.name for path in folder.iterdir()} == {"weights.extents", "manifest.jsonl", "writer.lock"}
+    assert answers(Engine(), order)[0].error is None
 
 
 def test_weights_that_are_spoilt_twice_end_the_attempt(families: Callable[[str], Path], tmp_path: Path) -> None:

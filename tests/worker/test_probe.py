@@ -1,5 +1,6 @@
 """What does a worker say of its machine, and does it say so only where it is true?"""
 
+import fcntl
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -201,6 +202,40 @@ def test_slots_never_share_a_folder(tmp_path: Path) -> None:
     assert list(again.path.iterdir()) == []
     again.release()
     second.release()
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Path:
+    """A model's folder of weights, as a runner that was killed while it laid them out leaves it."""
+    folder = tmp_path / "weights" / ("d" * 64)
+    (folder / "loading").mkdir(parents=True)
+    for name in ("loading/joined.dat", "weights.extents", "manifest.jsonl", "writer.lock"):
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def test_what_a_killed_layout_left_is_swept(layout: Path, tmp_path: Path) -> None:
+    """What is only needed while weights are laid out goes with the worker's start; the next layout goes on from the rest."""
+    take_folder(tmp_path).release()
+    assert {path.name for path in layout.iterdir()} == {"weights.extents", "manifest.jsonl", "writer.lock"}
+
+
+def test_a_layout_that_goes_on_is_not_swept(layout: Path, tmp_path: Path) -> None:
+    """Its writer, of this worker or another, holds the lock; once that is gone it is swept with the next runner's start."""
+    with (layout / "writer.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = take_folder(tmp_path)
+        assert (layout / "loading" / "joined.dat").exists()
+    folder.sweep()
+    assert not (layout / "loading").exists()
+    folder.release()
+
+
+def test_scratch_without_a_lock_is_not_ours(layout: Path, tmp_path: Path) -> None:
+    """A runner makes the lock first, so that a folder without one was made by somebody else."""
+    (layout / "writer.lock").unlink()
+    take_folder(tmp_path).release()
+    assert (layout / "loading").exists()
 
 
 def test_sweeping_does_not_follow_links(tmp_path: Path) -> None:

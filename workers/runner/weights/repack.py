@@ -32,7 +32,7 @@ from workers.runner.weights.streaming import layer_names
 
 # Beside the extents there has to be room for what transformers joins, which it writes before it is read: at most the model again.
 ROOM_FACTOR = 2.05
-_LOCK, SCRATCH = "writer.lock", "loading"
+_LOCK, SCRATCH = "writer.lock", "loading"  # `workers.cache_folder` sweeps by these names
 _WAIT_SECONDS = 0.2
 
 
