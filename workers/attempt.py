@@ -337,7 +337,9 @@ class Attempt:
         placed = self._place(self._plan, profile)
         if isinstance(placed, Unplaceable):
             most = max(row.tokens for row in too_long)
-            self._fail("rows_missing", f"{len(too_long)} rows have up to {most:,} tokens, for which there is no room: {placed.reason}")
+            self._fail(
+                "rows_missing", f"{len(too_long)} rows have up to {most:,} tokens, for which there is no room: {placed.reason}"
+            )
         else:
             self._take_place(placed, profile)
         return True

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import torch
 from safetensors import SafetensorError
 
 from ollm_service.core.wire import Execute, Loaded, Message, Stopped
