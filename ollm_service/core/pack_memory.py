@@ -107,7 +107,7 @@ def _kv(profile: ModelProfile, layout: Layout, rows: int, tokens: int, prompt: i
 def kv_file_bytes(profile: ModelProfile, kv: KVCacheStrategy, *, rows: int, tokens: int, window_tokens: int) -> int:
     """What the files of a KV cache take at most, for so many rows of so many tokens; 0 where the profile does not tell.
 
-    The page in which a prompt ends has the place of a full one, and so have that in which a beginning ends that rows share, and in a
+    The page in which a prompt ends has the place of a full one. So have that in which a beginning ends that rows share, and in a
     ring that which is being left. Layers of sliding attention stay in memory.
     """
     if kv not in IN_FILES:
