@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ollm_service.core.laying_out import SCRATCH, WRITER_LOCK
+
 MOST_SLOTS = 256
 PROBE_CHUNK_BYTES = 4 * 1024**2
 PROBE_MOST_BYTES = 64 * 1024**2
 PROBE_SECONDS = 0.25
-# What the runner calls them in each model's folder of weights: `workers.runner.weights.repack`.
-_LAYOUT_LOCK, _LAYOUT_SCRATCH = "writer.lock", "loading"
 
 
 class NoCacheFolder(Exception):
@@ -43,8 +43,8 @@ class CacheFolder:
 
     @property
     def weights_path(self) -> Path:
-        """Beside it, where all slots of this machine keep weights in the form in which layers are read from disk."""
-        return self.path.parent / "weights"
+        """Where all slots of this machine keep weights in the form in which layers are read from disk."""
+        return weights_folder(self.path)
 
     def sweep(self) -> int:
         """Delete what is in it, and return how many entries that were. Call it when no runner uses the folder.
@@ -77,10 +77,15 @@ class CacheFolder:
 
 def _sweep_layouts(weights: Path) -> None:
     """Delete the scratch folders whose writer is gone. The extents stay: whoever lays the model out next goes on from there."""
-    for scratch in weights.glob(f"*/{_LAYOUT_SCRATCH}"):
-        with contextlib.suppress(OSError), (scratch.parent / _LAYOUT_LOCK).open("rb+") as lock:
+    for scratch in weights.glob(f"*/{SCRATCH}"):
+        with contextlib.suppress(OSError), (scratch.parent / WRITER_LOCK).open("rb+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its writer lives
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def weights_folder(slot_folder: Path) -> Path:
+    """Beside the slots' folders: what is in there is no slot's own, and stays."""
+    return slot_folder.parent / "weights"
 
 
 def take_folder(root: Path) -> CacheFolder:

@@ -18,8 +18,9 @@ from ollm_service.core.passes import PASS_TRAITS, PassTraits
 from ollm_service.core.plan import BackendId, GenericModelKind, ModelModality, NativeFamily
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.quantization import QUANTIZATION_LIBRARIES
-from workers.cache_folder import DiskRates, NoCacheFolder, check_writable, free_bytes, measure, total_bytes
+from workers.cache_folder import DiskRates, NoCacheFolder, check_writable, free_bytes, measure, total_bytes, weights_folder
 from workers.host_memory import host_memory, private_bytes
+from workers.laid_out import LaidOutWeights
 from workers.nvml import Gpu, Nvml, NvmlUnavailable, visible
 
 CPU_DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -63,6 +64,7 @@ class Probe:
         self._nvml = self._open_nvml()
         self._gpus: tuple[float, tuple[Gpu, ...]] | None = None
         self._rates: dict[Path, DiskRates | None] = {}
+        self._weights = LaidOutWeights(self._versions.get("transformers"))
 
     def capabilities(
         self, models: tuple[ModelProfile, ...], cache_folders: Collection[Path], no_cache_because: str | None
@@ -113,11 +115,14 @@ class Probe:
         for number, gpu in enumerate(self._visible_gpus()):
             held = sum(_held(gpu, f"cuda:{number}", pid, promise) for pid, promise in runners.items())
             free[f"cuda:{number}"] = min(gpu.total_bytes, gpu.free_bytes + held)
+        weights = self._weights.look(weights_folder(cache_folder) if cache_folder else None)
         return LiveState(
             device_free_bytes=free,
             host_free_bytes=host_free,
             cache_free_bytes=free_bytes(cache_folder) if cache_folder else 0,
             warm_model=warm_model,
+            laid_out=weights.whole,
+            begun_bytes=weights.begun_bytes,
         )
 
     def held_by(self, pid: int | None, device_id: str) -> int:

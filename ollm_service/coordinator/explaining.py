@@ -242,7 +242,7 @@ def _standing(ask: Ask | PlanView, there: WorkerView, now_ms: int) -> Standing:
         now = _place(ask, ask.profile, offered, live_when_its_turn_comes(there))
     except NoDraftModel as absent:
         return replace(found, reasons=(str(absent),))
-    when_free = now if isinstance(now, Placement) else _place(ask, ask.profile, offered, _idle(offered))
+    when_free = now if isinstance(now, Placement) else _place(ask, ask.profile, offered, _idle(offered, there.live))
     return replace(
         found,
         placement=now if isinstance(now, Placement) else None,
@@ -256,12 +256,14 @@ def _place(ask: Ask, profile: ModelProfile, offered: Capabilities, live: LiveSta
     return place(ask.plan, profile, ask.config, ask.requirements, offered, free, ask.rows)
 
 
-def _idle(offered: Capabilities) -> LiveState:
+def _idle(offered: Capabilities, live: LiveState) -> LiveState:
     """A worker with everything free."""
-    return LiveState(
+    return replace(
+        live,
         device_free_bytes={device.device_id: device.memory_bytes for device in offered.devices},
         host_free_bytes=offered.host_memory_bytes,
         cache_free_bytes=offered.cache_disk.total_bytes if offered.cache_disk else 0,
+        begun_bytes={},
     )
 
 

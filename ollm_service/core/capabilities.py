@@ -95,9 +95,15 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveState:
-    """What a worker has free at this moment, in bytes; its own warm runner counts as free."""
+    """What a worker has free at this moment, in bytes; its own warm runner counts as free.
+
+    `laid_out` are the digests of the models whose weights lie whole on the cache disk, by layers. `begun_bytes` is what is there
+    of others by digest: who lays them out goes on from there, or deletes it first. The defaults are for workers that do not say.
+    """
 
     device_free_bytes: Mapping[str, int]
     host_free_bytes: int
     cache_free_bytes: int = 0
     warm_model: str | None = None
+    laid_out: frozenset[str] = frozenset()
+    begun_bytes: Mapping[str, int] = field(default_factory=dict)

@@ -143,6 +143,7 @@ def profile_of(
         head_bytes=weights.head,
         expert_bytes=weights.experts,
         layer_expert_bytes=weights.layer_experts if weights.experts else (),
+        joined_bytes=weights.joined,
         expert_count=facts.expert_count if weights.experts else 0,
         experts_per_token=facts.experts_per_token if weights.experts else 0,
         kv_bytes_per_token=kept.full_per_token,

@@ -41,6 +41,8 @@ logits       M·V·w of M places: one for each row, up to 16 with those that are
              one
 disk         of the KV cache in files B·(T + page)·F; of int8 a byte for each element and 4 for each head; of a ring
              B·(min(T, window + page) + page)·F
+extents      where the weights are to be laid out by layers first, of the cache disk, too: all of them, and as much again of those
+             that transformers joins or unpacks, until that is done and before the KV cache is there
 side by side
 kv, prompt   B·(P·(F + S) + R). Sliding layers, too, hold the whole prompt: until the next token transformers keeps a view of it
              (`DynamicSlidingWindowLayer.update`)
@@ -60,6 +62,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from ollm_service.core.laying_out import extents_bytes, joined_bytes
 from ollm_service.core.layout import Layout
 from ollm_service.core.pack_memory import kv_file_bytes, pack_moment
 from ollm_service.core.padded_memory import answer_moment, prompt_moment
@@ -84,7 +87,11 @@ COMPILED_BYTES = 24 * MIB  # of oneDNN: products of some forty numbers of tokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate:
-    """What a placement is expected to need, in bytes. `device_bytes` has to be free on the device, `host` and `disk` besides."""
+    """What a placement is expected to need, in bytes. `device_bytes` has to be free on the device, `host` besides.
+
+    Of the cache disk `disk` is for the KV cache, `extents` for weights that have yet to be laid out by layers, and `joined` for
+    what lies beside them until that is done; `disk_bytes` has to be free there.
+    """
 
     weights: int
     kv: int
@@ -94,11 +101,18 @@ class MemoryEstimate:
     disk: int
     masks: int = 0
     host: int = 0
+    extents: int = 0
+    joined: int = 0
 
     @property
     def device_bytes(self) -> int:
         """What has to be free on the device."""
         return self.weights + self.kv + self.activations + self.logits + self.masks + self.workspace
+
+    @property
+    def disk_bytes(self) -> int:
+        """What has to be free on the cache disk: rows begin when nothing lies beside the extents any more."""
+        return self.extents + max(self.disk, self.joined)
 
 
 def estimate_memory(
@@ -130,6 +144,8 @@ def estimate_memory(
         disk=kv_file_bytes(profile, layout.kv, rows=rows, tokens=tokens, window_tokens=layout.window_tokens),
         masks=moment.masks,
         host=0 if on_cpu else host,
+        extents=extents_bytes(profile) * layout.lays_out,
+        joined=joined_bytes(profile) * layout.lays_out,
     )
 
 

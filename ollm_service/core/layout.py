@@ -18,7 +18,8 @@ class Layout:
     `window_tokens` bounds a KV cache in a ring. `mlp_rows` are the positions that the feed-forward network computes at a time,
     None: all. `is_sampled`: some row may draw its tokens. `is_routed`: layers pass without their experts. `vocabulary_on_disk`:
     embedding and head do not stay, either; some layer has to come from disk then. `is_packed`: rows share a pack.
-    `may_share`: there may be other rows, before or beside, that begin with the same tokens.
+    `may_share`: there may be other rows, before or beside, that begin with the same tokens. `lays_out`: layers leave, and the
+    weights do not lie on the cache disk by layers yet.
     """
 
     device_kind: str = "cpu"
@@ -32,6 +33,7 @@ class Layout:
     vocabulary_on_disk: bool = False
     is_packed: bool = False
     may_share: bool = True
+    lays_out: bool = False
 
     @property
     def shares_beginnings(self) -> bool:

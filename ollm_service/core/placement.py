@@ -18,6 +18,8 @@ The ladder of tiers, best first, on each device in turn, accelerators before the
     k wherever not all layers fit (F < n·l). So as many rows as can be, then as many layers as still fit beside them.
   - In 4 embedding and head stay on disk, too, where only so one row fits, or more rows than otherwise: each pass then reads the
     head besides. With moe-routing layers pass without their experts.
+  - 3 and 4 read weights that were laid out by layers on the cache disk. Where this model's are not, room is needed for that, too:
+    `core/laying_out.py`. A plan that takes a raw export needs none.
   - What is usable is `USABLE_FRACTION` of what is free now, less what a runner takes before it has a model. The rest is for
     allocators that cut their memory into pieces, for other programs, and for what the estimate may be wrong by.
 
@@ -31,6 +33,7 @@ from enum import StrEnum
 from ollm_service.core.capabilities import Capabilities, Device, LiveState
 from ollm_service.core.estimates import RUNTIME_BYTES, MemoryEstimate, estimate_memory
 from ollm_service.core.kv_selector import KVChoice, select_kv_strategy
+from ollm_service.core.laying_out import takes_export
 from ollm_service.core.layout import USUAL_WINDOW_TOKENS, Layout
 from ollm_service.core.leaving import LeavingLayers, has_demanded_layers, is_routed
 from ollm_service.core.matching import able_devices
@@ -178,6 +181,11 @@ class _Request:
     most_rows: int
 
     @property
+    def lays_out(self) -> bool:
+        """Whether weights have to be laid out before layers can leave."""
+        return not takes_export(self.plan) and self.profile.digest not in self.live.laid_out
+
+    @property
     def has_demanded_layers(self) -> bool:
         """Whether layers leave the device because the user said so."""
         return has_demanded_layers(self.profile, self.config)
@@ -220,27 +228,38 @@ class _Room:
         )
 
     def holds(self, estimate: MemoryEstimate) -> bool:
-        return (
-            estimate.device_bytes <= self.device_bytes and estimate.host <= self.host_bytes and estimate.disk <= self.disk_bytes
-        )
+        return all(needed <= there for _, needed, there in self._needs(estimate))
+
+    def has_disk_for(self, estimate: MemoryEstimate) -> bool:
+        """Whether the cache disk has room, whatever memory has."""
+        return estimate.disk_bytes <= self._disk_left(estimate)
 
     def refuse(self, tier: Tier, estimate: MemoryEstimate) -> RefusedTier:
         """Why an estimate of one row does not fit; the first of device, host memory and disk that is short."""
-        needs = (
-            ("memory", estimate.device_bytes, self.device_bytes),
-            ("host memory", estimate.host, self.host_bytes),
-            ("cache disk", estimate.disk, self.disk_bytes),
-        )
-        what, needed, there = next(need for need in needs if need[1] > need[2])
+        what, needed, there = next(need for need in self._needs(estimate) if need[1] > need[2])
+        laid_out = "the weights by layers and " if what == "cache disk" and estimate.extents else ""
         return RefusedTier(
             tier=tier,
             device_id=self.device.device_id,
-            reason=f"{what}: {needed:,} bytes needed for one row of {self.request.tokens:,} tokens, {there:,} usable",
+            reason=f"{what}: {needed:,} bytes needed for {laid_out}one row of {self.request.tokens:,} tokens, {there:,} usable",
             needed_bytes=needed,
             free_bytes=there,
             short_of=what,
             estimate=estimate,
         )
+
+    def _needs(self, estimate: MemoryEstimate) -> tuple[tuple[str, int, int], ...]:
+        """Of what, how much is needed, and how much is usable."""
+        return (
+            ("memory", estimate.device_bytes, self.device_bytes),
+            ("host memory", estimate.host, self.host_bytes),
+            ("cache disk", estimate.disk_bytes, self._disk_left(estimate)),
+        )
+
+    def _disk_left(self, estimate: MemoryEstimate) -> int:
+        """What is usable of the cache disk; what there is of extents already is not needed again."""
+        begun = self.request.live.begun_bytes.get(self.request.profile.digest, 0) if estimate.extents else 0
+        return self.disk_bytes + begun
 
     def decline(self, tier: Tier, reason: str) -> RefusedTier:
         """Not tried, for a reason other than bytes; what one row would need stands beside it."""
@@ -299,11 +318,15 @@ def _climb(room: _Room, strategies: Sequence[KVCacheStrategy]) -> Iterator[tuple
         else:
             tries = [_try_offloaded(room, tier, strategy) for strategy in strategies]
             fitting = [found for found in tries if not isinstance(found, RefusedTier)]
-            yield tier, fitting[0] if fitting else min(tries, key=_needed)
+            yield tier, fitting[0] if fitting else min(tries, key=_distance)
 
 
-def _needed(found: _Found | RefusedTier) -> int:
-    return found.needed_bytes if isinstance(found, RefusedTier) else 0
+def _distance(found: _Found | RefusedTier) -> tuple[bool, int]:
+    """Of several tries that were refused the least is told: where the weights lack only disk, no other memory would help."""
+    if not isinstance(found, RefusedTier):
+        return False, 0
+    lacks_disk = found.short_of == "cache disk" and found.estimate is not None and found.estimate.extents > 0
+    return not lacks_disk, found.needed_bytes
 
 
 def _kv_tier(strategy: KVCacheStrategy) -> Tier:
@@ -361,13 +384,13 @@ def _try_whole(room: _Room, tier: Tier, strategy: KVCacheStrategy) -> _Found | R
 
 def _try_offloaded(room: _Room, tier: Tier, strategy: KVCacheStrategy) -> _Found | RefusedTier:
     """Some layers pass through the device; the vocabulary, too, where that is the only way or gives more rows."""
-    layout = replace(room.request.layout(room.device), kv=strategy)
+    layout = replace(room.request.layout(room.device), kv=strategy, lays_out=room.request.lays_out)
     kept = _try_passing(room, tier, layout)
     is_full = not isinstance(kept, RefusedTier) and kept[0] == room.request.most_rows
     if is_full or tier is not Tier.LAYERS_FROM_DISK or not vocabulary_bytes(room.request.profile):
         return kept
     looked_up = _try_passing(room, tier, replace(layout, vocabulary_on_disk=True))
-    return max((kept, looked_up), key=lambda found: (_rows(found), -_needed(found)))
+    return min((kept, looked_up), key=lambda found: (-_rows(found), _distance(found)))
 
 
 def _rows(found: _Found | RefusedTier) -> int:
@@ -379,7 +402,7 @@ def _try_passing(room: _Room, tier: Tier, layout: Layout) -> _Found | RefusedTie
     leaving = LeavingLayers.of(room.request.profile, room.request.config, layout, from_disk=tier is Tier.LAYERS_FROM_DISK)
 
     def fewest(working: MemoryEstimate) -> int | None:
-        if working.disk > room.disk_bytes:
+        if not room.has_disk_for(working):
             return None
         return leaving.fewest(room.device_bytes - working.device_bytes, room.host_bytes - working.host)
 

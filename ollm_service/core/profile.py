@@ -23,7 +23,8 @@ class ModelProfile:
     Weights, as loaded in `dtype`: `weight_bytes` all of them; `layer_bytes` each decoder layer, routed experts included, empty
     where the layers cannot be told apart; `embedding_bytes` the input embeddings, positions among them; `head_bytes` the output
     head, 0 where it is the embedding; `expert_bytes` all routed experts of all layers, `layer_expert_bytes` those of each. The
-    rest is towers, encoders and norms.
+    rest is towers, encoders and norms. `joined_bytes` are those that transformers joins of several tensors or unpacks as it loads
+    them, None where an older release has inspected the model.
 
     What one row keeps: `kv_bytes_per_token` the layers of full attention, `sliding_kv_bytes_per_token` those that look back
     `sliding_window` tokens, `state_bytes_per_row` the recurrent and convolution states of layers without attention, and
@@ -60,6 +61,7 @@ class ModelProfile:
     head_bytes: int = 0
     expert_bytes: int = 0
     layer_expert_bytes: tuple[int, ...] = ()
+    joined_bytes: int | None = None
     expert_count: int = 0
     experts_per_token: int = 0
     kv_bytes_per_token: int = 0

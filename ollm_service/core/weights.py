@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ollm_service.core.model_config import MOST_LAYERS, ModelConfig
-from ollm_service.core.quantization import COMPRESSED_TENSORS, fewest_bits, is_gone_when_plain
+from ollm_service.core.quantization import COMPRESSED_TENSORS, fewest_bits, is_gone_when_plain, is_unpacked
 from ollm_service.core.tensors import BITS, ELEMENT_BYTES, FLOATS, Tensor
 
 TOWERS = ("vision", "visual", "image", "audio", "speech", "encoder", "qformer")
@@ -25,6 +25,7 @@ _FURTHER_TOKENS = re.compile(r"(?:^|\.)mtp\.")
 _LEFT_BEHIND = re.compile(r"(?:inv_freq|\.masked_bias)$")
 _SAVED_MASK = re.compile(r"\.attn(?:ention)?\.bias$")
 _ROUTED = re.compile(r"\.experts\.")
+_NUMBERED = re.compile(r"\.experts\.\d+\.")
 # Kept in float32 in models of half precision, by transformers' own rule for T5's kin.
 _WIDE_IN_HALF = re.compile(r"\.DenseReluDense\.wo\.weight$")
 _PACKED, _SCALES = "_blocks", "_scales"
@@ -32,7 +33,10 @@ _PACKED, _SCALES = "_blocks", "_scales"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """A model's tensors, told apart. Sizes in bytes as loaded; `layer_tensors` are those of each decoder layer."""
+    """A model's tensors, told apart. Sizes in bytes as loaded; `layer_tensors` are those of each decoder layer.
+
+    `joined`: experts of which each has tensors of its own, where modules have one for all, and what is unpacked.
+    """
 
     total: int
     parameter_count: int
@@ -41,6 +45,7 @@ class Weights:
     embedding: int
     head: int
     layer_experts: tuple[int, ...]
+    joined: int
 
     @property
     def experts(self) -> int:
@@ -79,6 +84,7 @@ def weigh(tensors: Iterable[Tensor], config: ModelConfig, dtype: str | None) -> 
         embedding=size(embeddings),
         head=size(heads),
         layer_experts=tuple(map(size, routed)),
+        joined=size(tensor for tensor in (*in_layers, *rest) if _is_joined(tensor, config)),
     )
 
 
@@ -143,6 +149,11 @@ def _without_copies(rest: Sequence[Tensor]) -> list[Tensor]:
 def _is_routed(tensor: Tensor, expert_count: int) -> bool:
     fused = len(tensor.shape) == 3 and expert_count > 0 and tensor.shape[0] == expert_count
     return fused or _ROUTED.search(tensor.name) is not None
+
+
+def _is_joined(tensor: Tensor, config: ModelConfig) -> bool:
+    is_packed = is_unpacked(config.quantization) and tensor.dtype not in FLOATS
+    return is_packed or _NUMBERED.search(tensor.name) is not None
 
 
 def _loaded_bytes(tensor: Tensor, config: ModelConfig, dtype: str | None) -> int:

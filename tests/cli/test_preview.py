@@ -149,7 +149,7 @@ def test_better_ways_without_room_stand_below_their_worker(command: Command, ser
     large = replace(MODEL, digest="e" * 64, weight_bytes=900_000_000, layer_bytes=(100_000_000,) * 8, layer_count=8)
     gpu = Device(device_id="cuda:0", name="a GPU", memory_bytes=2 * 10**9)
     offered = capabilities("laptop", models=(large,), devices=(gpu,), passes={PassId.CPU_OFFLOAD: None}, host_memory_bytes=10**11)
-    live = LiveState(device_free_bytes={"cuda:0": 1_500_000_000}, host_free_bytes=10**11)
+    live = LiveState(device_free_bytes={"cuda:0": 1_500_000_000}, host_free_bytes=10**11, cache_free_bytes=10**10)
     service.store.leases.register("wkr_laptop", offered, live, pid=1)
     small = capabilities("cellar", models=(large,), devices=(replace(FAST, memory_bytes=800_000_000),))
     service.store.leases.register("wkr_cellar", small, live, pid=1)
@@ -167,10 +167,26 @@ def test_a_vocabulary_that_stays_on_disk_is_told(command: Command, service: Serv
     layers = {"layer_bytes": (100_000_000,) * 8, "layer_count": 8, "weight_bytes": 1_200_000_000}
     wide = replace(MODEL, digest="e" * 64, **vocabulary, **layers)  # type: ignore[arg-type]
     offered = capabilities("shed", models=(wide,), devices=(FAST,), passes={PassId.CPU_OFFLOAD: None})
-    service.store.leases.register("wkr_shed", offered, LiveState(device_free_bytes={"cpu": 10**9}, host_free_bytes=10**9), pid=1)
+    live = LiveState(device_free_bytes={"cpu": 10**9}, host_free_bytes=10**9, laid_out=frozenset({wide.digest}))
+    service.store.leases.register("wkr_shed", offered, live, pid=1)
     lines = command("preview", "rows.jsonl", "-m", f"tiny@sha256:{'e' * 12}").stdout.splitlines()
     (found,) = (line for line in lines if line.startswith("shed"))
     assert re.match(r"shed +\d layers? on cpu, \d from disk, vocabulary from disk", found), lines
+
+
+def test_a_disk_without_room_for_the_weights_is_told(command: Command, service: Service, rows: Path) -> None:
+    """Nothing is promised that would end for want of disk: the line of the worker says what laying the weights out needs."""
+    layers = {"layer_bytes": (100_000_000,) * 8, "layer_count": 8, "weight_bytes": 1_200_000_000}
+    wide = replace(MODEL, digest="e" * 64, **layers)  # type: ignore[arg-type]
+    offered = capabilities("shed", models=(wide,), devices=(FAST,), passes={PassId.CPU_OFFLOAD: None})
+    live = LiveState(device_free_bytes={"cpu": 1_500_000_000}, host_free_bytes=1_500_000_000, cache_free_bytes=10**9)
+    service.store.leases.register("wkr_shed", offered, live, pid=1)
+    lines = command("preview", "rows.jsonl", "-m", f"tiny@sha256:{'e' * 12}").stdout.splitlines()
+    assert "No worker can run it now." in lines
+    (found,) = (line for line in lines if line.startswith("shed"))
+    assert re.search(
+        r"cache disk: 1.1 GiB needed for the weights by layers and one row of [\d,]+ tokens, 954 MiB usable", found
+    ), lines
 
 
 def test_who_holds_up_the_end_is_named_with_the_option(command: Command, service: Service, rows: Path) -> None:

@@ -272,6 +272,8 @@ live_states = st.builds(
     host_free_bytes=counts,
     cache_free_bytes=st.integers(0, 1024 * GIB),
     warm_model=maybe(st.sampled_from(DIGESTS)),
+    laid_out=st.frozensets(st.sampled_from(DIGESTS), max_size=2),
+    begun_bytes=st.dictionaries(st.sampled_from(DIGESTS), counts, max_size=1),
 )
 
 CLAUSES: dict[str, st.SearchStrategy[Any]] = {

@@ -14,6 +14,7 @@ from ollm_service.core.estimates import estimate_memory
 from ollm_service.core.finalization import CannotFallBack, fall_back, finalize
 from ollm_service.core.kv_selector import select_kv_strategy
 from ollm_service.core.labels import Combination, Comparison, Expression, Negation, parse_expression, satisfies
+from ollm_service.core.laying_out import takes_export
 from ollm_service.core.layout import Layout
 from ollm_service.core.lifecycle import Event, ExecutionState, IllegalTransition, JobState, job_state, step
 from ollm_service.core.matching import Match, NoMatch, match, match_fleet
@@ -227,7 +228,9 @@ def test_a_placement_fits_and_everything_refused_did_not(
     if isinstance(found, Unplaceable):
         return
     assert found.estimate.device_bytes <= live.device_free_bytes[found.device_id] * USABLE_FRACTION
-    assert found.estimate.disk <= live.cache_free_bytes
+    assert found.estimate.disk_bytes <= live.cache_free_bytes + live.begun_bytes.get(model.digest, 0)
+    leaves = bool(found.host_layers or found.disk_layers)
+    assert bool(found.estimate.extents) == (leaves and not takes_export(native) and model.digest not in live.laid_out)
     assert found.estimate.host <= live.host_free_bytes * USABLE_FRACTION
     assert found.layers_on_device + found.layers_in_host + found.layers_on_disk == model.layer_count
     assert 1 <= found.micro_batch <= min(MOST_ROWS, limit or MOST_ROWS)
@@ -260,7 +263,7 @@ def test_more_free_memory_never_places_worse(
     more: int,
     device_id: str,
 ) -> None:
-    """Freeing memory or disk keeps the tier or a better one, and there at least as many rows."""
+    """Freeing memory or disk, or laying the weights out, keeps the tier or a better one, and there at least as many rows."""
     needs = requirements_of(native, model, config)
 
     def placed(state: LiveState) -> Placement | Unplaceable:
@@ -270,6 +273,7 @@ def test_more_free_memory_never_places_worse(
     freer = replace(live, device_free_bytes=free, cache_free_bytes=live.cache_free_bytes + more)
     freer = replace(freer, host_free_bytes=live.host_free_bytes + more)
     assert rank(placed(freer)) >= rank(placed(live))
+    assert rank(placed(replace(live, laid_out=live.laid_out | {model.digest}))) >= rank(placed(live))
 
 
 @given(some.profiles, st.sampled_from(KVCacheStrategy), st.integers(1, 64), st.integers(1, 2**17))

@@ -14,9 +14,13 @@ import pytest
 import torch
 import transformers
 
+from ollm_service.core.laying_out import extents_bytes, joined_bytes, laying_out_bytes
+from ollm_service.core.laying_out import manifest_entry, manifest_line
 from ollm_service.core.passes import Applied, NotNeeded
 from ollm_service.core.plan import GenericModelKind, PassId
+from ollm_service.core.profile import ModelProfile
 from ollm_service.core.wire import AttemptFailed, Execute, Finished, Loaded
+from ollm_service.inspection import DigestCache, inspect_models
 from tests.runner.commands import answers, first_outcomes, make_command, of_kind, only, results_of, run, work_row
 from tests.runner.disks import is_on_a_disk
 from tests.runner.models import ROOT, plain_greedy
@@ -32,11 +36,9 @@ from workers.runner.weights.extents import (
     ExtentFile,
     ExtentWriter,
     Origin,
-    manifest_entry,
-    manifest_line,
 )
 from workers.runner.weights.offload import load_offloaded
-from workers.runner.weights.repack import open_extents
+from workers.runner.weights.repack import loaded_on_disk, open_extents, write_model
 
 OFFLOAD, CHUNKS = PassId.CPU_OFFLOAD, PassId.MLP_CHUNKING
 PROMPTS = ["one two", "a somewhat longer prompt, so that rows are padded", "3"]
@@ -204,7 +206,7 @@ def test_no_room_for_extents_is_said_in_bytes(families: Callable[[str], Path], t
     order = command(families("llama"), tmp_path, (0, 1))
     failed = only(run(Engine(), replace(order, profile=replace(order.profile, weight_bytes=10**18))), AttemptFailed)
     assert failed.code == "disk_full"
-    assert "bytes are needed" in failed.message
+    assert f"{laying_out_bytes(replace(order.profile, weight_bytes=10**18)):,} bytes are needed" in failed.message
     assert not (weights_folder(order) / "weights.extents").stat().st_size
     nowhere = only(run(Engine(), replace(order, weights_dir=None)), AttemptFailed)
     assert nowhere.code == "no_cache_folder"
@@ -222,6 +224,39 @@ def test_a_disk_that_fills_up_while_weights_are_laid_out_says_so(
     assert (failed.stage, failed.code, failed.is_permanent) == ("loading", "disk_full", False)
     assert "No space left" in failed.message
     filler.unlink()
+    assert answers(Engine(), order)[0].error is None
+
+
+def profile_of(model: Path) -> ModelProfile:
+    """What inspection learns of a model."""
+    return next(found for found in inspect_models(model.parent, DigestCache()) if found.path.name == model.name)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3-moe", "qwen3-next", "mixtral", "gpt-oss"])
+def test_the_room_that_is_asked_for_is_what_it_takes(families: Callable[[str], Path], tmp_path: Path, family: str) -> None:
+    """Of the disk extents take no more than planning says; beside them lies what inspection says that transformers joins."""
+    model, folder, scratch = families(family), tmp_path / "extents", tmp_path / "scratch"
+    found = profile_of(model)
+    module, loader = loaded_on_disk(model, scratch, found.kind)
+    beside = [path.stat().st_size for path in scratch.iterdir()] if scratch.exists() else []
+    assert found.joined_bytes is not None
+    assert found.joined_bytes == joined_bytes(found)
+    assert found.joined_bytes <= sum(beside) <= found.joined_bytes + 1024 * len(beside)
+    writer = ExtentWriter(folder, ORIGIN)
+    write_model(writer, module, loader, nothing)
+    writer.close()
+    taken = sum(path.stat().st_size for path in folder.iterdir())
+    assert found.weight_bytes < taken <= extents_bytes(found)
+
+
+def test_a_model_that_is_only_read_needs_its_room_once(families: Callable[[str], Path], small_disk: Path) -> None:
+    """Nothing of a Llama is joined: it is laid out on a disk that would not hold it twice."""
+    model = families("llama")
+    order = command(model, small_disk, (0, 1))
+    order = replace(order, profile=profile_of(model))
+    needed = laying_out_bytes(order.profile)
+    assert needed < 2 * order.profile.weight_bytes
+    (small_disk / "filler").write_bytes(bytes(free_bytes(small_disk) - needed - 16 * 1024))
     assert answers(Engine(), order)[0].error is None
 
 

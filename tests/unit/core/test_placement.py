@@ -8,6 +8,7 @@ import pytest
 
 from ollm_service.core.capabilities import Capabilities, LiveState
 from ollm_service.core.estimates import RUNTIME_BYTES, estimate_memory
+from ollm_service.core.laying_out import extents_bytes, laying_out_bytes
 from ollm_service.core.layout import Layout
 from ollm_service.core.leaving import offloaded_layers
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
@@ -374,6 +375,108 @@ def test_a_processor_streams_from_disk() -> None:
     untold = placed(config, model=deep(layer_bytes=()), worker=capabilities(passes=OFFLOADING), free=free, limit=1)
     assert isinstance(untold, Unplaceable)
     assert untold.refused[-1].reason == "the model's layers cannot be told apart"
+
+
+GB = 10**9
+
+
+def huge(**changes: Any) -> ModelProfile:
+    """A Llama of 80 layers, 140 GB, of which the layers have 128."""
+    return deep(**({"layer_count": 80, "weight_bytes": 140 * GB, "layer_bytes": (16 * GB // 10,) * 80} | changes))
+
+
+def streamed_beside(
+    cache_bytes: int, *, model: ModelProfile | None = None, strategy: str = "resident", **has: Any
+) -> Placement | Unplaceable:
+    """Place one row on a processor with 64 GB and so much of its cache disk free."""
+    free = live({"cpu": 64 * GB}, cache_free_bytes=cache_bytes, **has)
+    config = RuntimeConfig(kv_cache_strategy=strategy)
+    worker = capabilities(passes={**OFFLOADING, PassId.DISK_CACHE: None})
+    return placed(config, model=model or huge(), worker=worker, free=free, limit=1)
+
+
+def test_weights_are_streamed_only_where_the_disk_holds_them() -> None:
+    """A worker that has not laid the model out yet needs the room for it; the refusal says how much, as any other does."""
+    found = streamed_beside(100 * GB)
+    assert isinstance(found, Unplaceable)
+    refused, needed = found.refused[-1], extents_bytes(huge())
+    assert 140 * GB < needed < 141 * GB
+    assert (refused.tier, refused.short_of) == (Tier.LAYERS_FROM_DISK, "cache disk")
+    assert (refused.needed_bytes, refused.free_bytes) == (needed, 100 * GB)
+    words = "bytes needed for the weights by layers and one row of 100 tokens, 100,000,000,000 usable"
+    assert refused.reason == f"cache disk: {needed:,} {words}"
+    assert isinstance(streamed_beside(needed - 1), Unplaceable)
+    fits = streamed_beside(needed)
+    assert isinstance(fits, Placement)
+    assert (fits.tier, fits.estimate.extents, fits.estimate.disk) == (Tier.LAYERS_FROM_DISK, needed, 0)
+
+
+@pytest.mark.parametrize("strategy", [None, "resident"])
+def test_what_only_the_disk_stands_in_the_way_of_says_so(strategy: str | None) -> None:
+    """Keeping the vocabulary or the KV cache in memory would take less than the weights on disk, and would not help."""
+    model = huge(**VOCABULARY)
+    layout = Layout(mlp_rows=16_384, disk_layers=tuple(range(80)), vocabulary_on_disk=True, is_packed=True)
+    room = estimate_memory(model, layout, rows=1, tokens=100).device_bytes + RUNTIME_BYTES["cpu"]
+    free = live({"cpu": just_enough(room)}, cache_free_bytes=100 * GB)
+    worker = capabilities(passes={**OFFLOADING, PassId.DISK_CACHE: None})
+    found = placed(RuntimeConfig(kv_cache_strategy=strategy), model=model, worker=worker, free=free)
+    assert isinstance(found, Unplaceable)
+    assert found.refused[-1].short_of == "cache disk"
+    free = replace(free, cache_free_bytes=200 * GB)
+    assert isinstance(placed(RuntimeConfig(kv_cache_strategy=strategy), model=model, worker=worker, free=free), Placement)
+
+
+def test_weights_that_are_laid_out_need_no_room() -> None:
+    """The worker says which models it has; what another runner has begun counts as room, and of another model nothing does."""
+    there = streamed_beside(0, laid_out=frozenset({huge().digest}))
+    assert isinstance(there, Placement)
+    assert there.estimate.disk_bytes == 0
+    assert isinstance(streamed_beside(0, laid_out=frozenset({"e" * 64})), Unplaceable)
+    assert isinstance(streamed_beside(41 * GB, begun_bytes={huge().digest: 100 * GB}), Placement)
+    assert isinstance(streamed_beside(41 * GB, begun_bytes={"e" * 64: 100 * GB}), Unplaceable)
+
+
+def test_layers_in_host_memory_come_from_extents_too() -> None:
+    """Whatever leaves the device is read from there."""
+    free = live({"cuda:0": 80 * GB}, host_free_bytes=200 * GB, cache_free_bytes=100 * GB)
+    worker = capabilities(cpu(), cuda(memory_bytes=80 * GB), passes=OFFLOADING)
+    config = RuntimeConfig(kv_cache_strategy="resident", device="cuda")
+    short = placed(config, model=huge(), worker=worker, free=free, limit=1)
+    assert isinstance(short, Unplaceable)
+    assert [(tier.tier, tier.short_of) for tier in short.refused[2:]] == [
+        (Tier.LAYERS_IN_HOST, "cache disk"),
+        (Tier.LAYERS_FROM_DISK, "cache disk"),
+    ]
+    found = placed(config, model=huge(), worker=worker, free=replace(free, cache_free_bytes=200 * GB), limit=1)
+    assert isinstance(found, Placement)
+    assert found.tier is Tier.LAYERS_IN_HOST
+
+
+def test_joined_experts_lie_beside_the_extents_until_the_rows_begin() -> None:
+    """They are gone when the KV cache comes, so that the larger of the two counts. Where that is not known all are joined."""
+    experts = {"expert_bytes": 100 * GB, "expert_count": 8, "layer_expert_bytes": (100 * GB // 80,) * 80}
+    model = huge(joined_bytes=90 * GB, **experts)
+    whole = extents_bytes(model)
+    assert laying_out_bytes(model) == whole + 90 * GB
+    assert laying_out_bytes(huge(**experts)) == whole + 100 * GB
+    assert laying_out_bytes(huge(joined_bytes=0, **experts)) == whole
+    assert isinstance(streamed_beside(whole + 90 * GB - 1, model=model, strategy="paged"), Unplaceable)
+    found = streamed_beside(whole + 90 * GB, model=model, strategy="paged")
+    assert isinstance(found, Placement)
+    assert 0 < found.estimate.disk < found.estimate.joined == 90 * GB
+    assert found.estimate.disk_bytes == whole + 90 * GB
+
+
+def test_a_raw_export_needs_no_room_on_the_cache_disk() -> None:
+    """It is in the model's own folder."""
+    exported = huge(
+        architecture="GptOssForCausalLM", model_type="gpt_oss", family=NativeFamily.GPT_OSS, has_gds_export=True, joined_bytes=0
+    )
+    worker = capabilities(passes=dict.fromkeys(PassId))
+    free = live({"cpu": 64 * GB}, cache_free_bytes=0)
+    found = placed(RuntimeConfig(kv_cache_strategy="resident"), model=exported, worker=worker, free=free, limit=1)
+    assert isinstance(found, Placement)
+    assert (found.tier, found.estimate.disk_bytes) == (Tier.LAYERS_FROM_DISK, 0)
 
 
 VOCABULARY = {"vocabulary_size": 50_000, "hidden_size": 512, "embedding_bytes": 102_400_000, "head_bytes": 102_400_000}

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from ollm_service.core.capabilities import LiveState
 from ollm_service.core.errors import InvalidOption
+from ollm_service.core.estimates import MemoryEstimate
 from ollm_service.core.leasing import RowError, RowResult
 from ollm_service.core.options import GenerationConfig, RuntimeConfig
 from ollm_service.core.passes import Applied, NotNeeded
@@ -75,6 +77,10 @@ def test_an_older_reader_understands_a_newer_writer() -> None:
     assert from_json(ModelProfile, {"name": "n", "path": "p", "digest": "d"}) == ModelProfile(
         name="n", path=PurePosixPath("p"), digest="d"
     )
+    told = {"device_free_bytes": {"cpu": 1}, "host_free_bytes": 1}
+    assert from_json(LiveState, told) == LiveState(device_free_bytes={"cpu": 1}, host_free_bytes=1)
+    without = {"weights": 1, "kv": 2, "activations": 3, "logits": 4, "workspace": 5, "disk": 6}
+    assert from_json(MemoryEstimate, without).disk_bytes == 6
 
 
 @pytest.mark.parametrize(

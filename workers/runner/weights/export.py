@@ -26,10 +26,11 @@ from ollm_service.core.gds_export import (
     export_problem,
     source_digest,
 )
+from ollm_service.core.laying_out import SCRATCH
 from ollm_service.core.plan import GenericModelKind, PassId
 from workers.runner.interruptions import AttemptEnded, PassFailed, first_line
 from workers.runner.weights.extents import DATA, CorruptExtents, Extent, ExtentFile, ExtentWriter, Origin, Span, delete_manifest
-from workers.runner.weights.repack import SCRATCH, loaded_on_disk, write_model
+from workers.runner.weights.repack import loaded_on_disk, write_model
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _UNFINISHED = ".gds_export-unfinished"

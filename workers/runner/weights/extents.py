@@ -28,14 +28,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ollm_service.core.laying_out import (
+    EXTENTS_DATA,
+    EXTENTS_MANIFEST,
+    is_last_line,
+    manifest_entry,
+    manifest_header,
+    manifest_line,
+)
 from workers.runner.interruptions import AttemptEnded
 from workers.runner.raw import bytes_of, memory_of, pages, write_all
 
-FORMAT, SCHEMA_VERSION = "ollm-extents", 3
 ALIGNMENT, TENSOR_ALIGNMENT = 4096, 64
 CHUNK_BYTES = 8 * 1024**2
-DATA = "weights.extents"
-_MANIFEST = "manifest.jsonl"
+DATA = EXTENTS_DATA
 
 
 class CorruptExtents(Exception):
@@ -123,7 +129,7 @@ class Origin:
 
     def header(self) -> dict[str, Any]:
         """The manifest's first line."""
-        return {"format": FORMAT, "schema_version": SCHEMA_VERSION, "digest": self.digest, "transformers": self.transformers}
+        return manifest_header(self.digest, self.transformers)
 
 
 class ExtentWriter:
@@ -142,12 +148,12 @@ class ExtentWriter:
             self._end = max((extent.offset + extent.size for extent in self.written.values()), default=0)
             os.ftruncate(self._data, self._end)
             # Under another name until it is whole: on a full disk the old one stays, and with it what was done.
-            part = folder / f"{_MANIFEST}.part"
+            part = folder / f"{EXTENTS_MANIFEST}.part"
             self._manifest = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             undone.callback(os.close, self._manifest)
             undone.callback(part.unlink, missing_ok=True)
             self._note(origin.header(), *map(_line_of, self.written.values()))
-            part.replace(folder / _MANIFEST)
+            part.replace(folder / EXTENTS_MANIFEST)
             undone.pop_all()
 
     def append(
@@ -332,7 +338,7 @@ def delete_extents(folder: Path) -> None:
 
 def delete_manifest(folder: Path) -> None:
     """Delete what says where extents lie. Raises OSError."""
-    (folder / _MANIFEST).unlink(missing_ok=True)
+    (folder / EXTENTS_MANIFEST).unlink(missing_ok=True)
 
 
 def _runs(rows: Sequence[int], row_bytes: int) -> list[tuple[int, int]]:
@@ -360,21 +366,6 @@ def _open_to_read(path: Path) -> int:
     return os.open(path, flags)
 
 
-def manifest_line(entry: Mapping[str, Any]) -> bytes:
-    """An entry behind its own checksum: where tensors lie is as good as what they hold."""
-    text = json.dumps(entry, separators=(",", ":")).encode()
-    return b"%08x %b\n" % (zlib.crc32(text), text)
-
-
-def manifest_entry(line: bytes) -> dict[str, Any]:
-    """The entry of a line without its end. Raises ValueError for one that was cut or changed."""
-    checksum, _, text = line.partition(b" ")
-    if int(checksum, 16) != zlib.crc32(text):
-        raise ValueError("another checksum than when it was written")
-    entry: dict[str, Any] = json.loads(text)
-    return entry
-
-
 def _line_of(extent: Extent) -> dict[str, Any]:
     spans = [[span.name, span.dtype, span.shape, span.offset, span.size] for span in extent.spans]
     return {
@@ -389,7 +380,7 @@ def _line_of(extent: Extent) -> dict[str, Any]:
 
 def _whole_manifest(folder: Path, origin: Origin) -> dict[str, Extent]:
     extents, lines = _read_manifest(folder, origin)
-    if not lines or "extents" not in lines[-1]:
+    if not lines or not is_last_line(lines[-1]):
         raise CorruptExtents(f"{folder} holds no whole model")
     return extents
 
@@ -397,7 +388,7 @@ def _whole_manifest(folder: Path, origin: Origin) -> dict[str, Extent]:
 def _read_manifest(folder: Path, origin: Origin) -> tuple[dict[str, Extent], list[dict[str, Any]]]:
     """The extents that are there, and the manifest's whole lines; nothing of another origin."""
     try:
-        text = (folder / _MANIFEST).read_bytes()
+        text = (folder / EXTENTS_MANIFEST).read_bytes()
     except FileNotFoundError:
         return {}, []
     lines: list[dict[str, Any]] = []

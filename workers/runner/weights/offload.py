@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ollm_service.core.plan import BackendId, PassId
+from ollm_service.core.laying_out import laying_out_bytes, takes_export
 from ollm_service.core.wire import Execute
 from workers.runner.interruptions import AttemptEnded, first_line
 from workers.runner.raw import pages
@@ -27,9 +27,7 @@ from workers.runner.weights.vocabulary import head_tiles, leave_on_disk
 
 def reads_export(command: Execute) -> bool:
     """Whether the plan takes its weights from the raw export in the model's folder, which is where layers come from disk."""
-    plan, placement = command.runtime_plan, command.placement
-    is_planned = plan.backend_id == BackendId.OPTIMIZED_NATIVE and PassId.GDS_EXPORT_WEIGHTS in plan.specialization_pass_ids
-    return is_planned and bool(placement.host_layers or placement.disk_layers)
+    return takes_export(command.runtime_plan) and bool(command.placement.host_layers or command.placement.disk_layers)
 
 
 def load_offloaded(command: Execute, device: torch.device, visit: Callable[[], None]) -> tuple[PreTrainedModel, LayerStream]:
@@ -80,7 +78,7 @@ def _closed_on_failure(source: ExtentFile) -> Iterator[ExtentFile]:
 def _made(command: Execute, folder: Path, visit: Callable[[], None]) -> ExtentFile:
     origin = Origin(digest=command.profile.digest, transformers=transformers.__version__)
     kind = command.runtime_plan.generic_model_kind
-    return open_extents(Path(command.model_dir), folder, origin, kind, command.profile.weight_bytes, visit)
+    return open_extents(Path(command.model_dir), folder, origin, kind, laying_out_bytes(command.profile), visit)
 
 
 def _load(

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
+from ollm_service.core.laying_out import SCRATCH, WRITER_LOCK
 from ollm_service.core.passing import tile_rows
 from ollm_service.core.plan import GenericModelKind
 from workers.runner.weights.checkpoint import AUTO_CLASSES, load_checkpoint
@@ -30,9 +31,6 @@ from workers.runner.weights.extents import CorruptExtents, ExtentFile, ExtentWri
 from workers.runner.weights.parts import experts_of, vocabulary_keys
 from workers.runner.weights.streaming import layer_names
 
-# Beside the extents there has to be room for what transformers joins, which it writes before it is read: at most the model again.
-ROOM_FACTOR = 2.05
-_LOCK, SCRATCH = "writer.lock", "loading"  # `workers.cache_folder` sweeps by these names
 _WAIT_SECONDS = 0.2
 
 
@@ -52,36 +50,38 @@ def skeleton(model_dir: Path, kind: GenericModelKind | None) -> PreTrainedModel:
 
 
 def open_extents(
-    model_dir: Path, folder: Path, origin: Origin, kind: GenericModelKind | None, weight_bytes: int, visit: Callable[[], None]
+    model_dir: Path, folder: Path, origin: Origin, kind: GenericModelKind | None, needed_bytes: int, visit: Callable[[], None]
 ) -> ExtentFile:
     """The model's extents in `folder`, which are made where they are not there. `visit` is called while that gets on.
+
+    `needed_bytes` have to be free then, less what is there of them: `core/laying_out.py` knows.
 
     Raises NoRoomForExtents, OSError, and whatever transformers raises for a checkpoint that it cannot load.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / _LOCK, visit):
+    with _locked(folder / WRITER_LOCK, visit):
         try:
             return ExtentFile(folder, origin)
         except (CorruptExtents, FileNotFoundError):
-            _repack(model_dir, folder, origin, kind, weight_bytes, visit)
+            _repack(model_dir, folder, origin, kind, needed_bytes, visit)
             return ExtentFile(folder, origin)
 
 
 def forget_extents(folder: Path, source: ExtentFile, visit: Callable[[], None]) -> None:
     """Delete extents that have turned out to be corrupt, unless another runner has made them again already. Raises OSError."""
-    with _locked(folder / _LOCK, visit):
+    with _locked(folder / WRITER_LOCK, visit):
         source.delete()
 
 
 def _repack(
-    model_dir: Path, folder: Path, origin: Origin, kind: GenericModelKind | None, weight_bytes: int, visit: Callable[[], None]
+    model_dir: Path, folder: Path, origin: Origin, kind: GenericModelKind | None, needed_bytes: int, visit: Callable[[], None]
 ) -> None:
     scratch = folder / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)  # of a writer that was killed; the lock is ours
     try:
         with closing(ExtentWriter(folder, origin)) as writer:
             there = sum(extent.size for extent in writer.written.values())
-            needed, free = int(weight_bytes * ROOM_FACTOR) - there, shutil.disk_usage(folder).free
+            needed, free = needed_bytes - there, shutil.disk_usage(folder).free
             if needed > free:
                 raise NoRoomForExtents(
                     f"{needed:,} bytes are needed in {folder} to lay the weights out by layers, {free:,} are free"
