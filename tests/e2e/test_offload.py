@@ -63,7 +63,7 @@ def test_layers_that_do_not_fit_come_from_disk(small_machine: Fleet) -> None:
         "KV cache in files": "memory",
         "all on device": "memory",
     }
-    assert measured["peak_host_bytes"] < LIMIT_GB * 1024**3
+    assert most_memory(measured) < LIMIT_GB * 1024**3
 
 
 def test_experts_that_do_not_fit_come_from_an_export_when_they_are_hit(small_machine: Fleet) -> None:
@@ -84,7 +84,12 @@ def test_experts_that_do_not_fit_come_from_an_export_when_they_are_hit(small_mac
     assert "calls in place of transformers' attention" in details["pass_attention_replacement"]
     measured = small_machine.calls.get(f"/v1/plans/{plan['id']}").json()["attempts"][-1]["measured"]
     assert measured["expert_bytes_read"] <= 1.1 * measured["expert_bytes_routed_ideal"] < measured["expert_bytes_all"]
-    assert measured["peak_host_bytes"] < LIMIT_GB * 1024**3
+    assert most_memory(measured) < LIMIT_GB * 1024**3
+
+
+def most_memory(measured: dict[str, float]) -> float:
+    """The most that the runner had taken, while it loaded or later."""
+    return measured["peak_host_bytes"] + max(0.0, measured["peak_load_bytes"] - measured["peak_device_bytes"])
 
 
 def test_a_draft_model_guesses_for_one_that_streams(small_machine: Fleet) -> None:

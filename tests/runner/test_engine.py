@@ -83,6 +83,7 @@ def test_measured_counts_add_up(engine: Engine, llama: Path) -> None:
     assert (measured["passes"], measured["largest_micro_batch"]) == (12, 2)
     assert measured["peak_host_bytes"] > 50_000_000
     assert 0 <= measured["peak_device_bytes"] < measured["peak_host_bytes"]
+    assert measured["peak_load_bytes"] >= 0
     assert measured["tokens_per_second"] > 0
     # The first token of a row comes with its prompt, each further one with a pass of its own; nothing is padded here.
     assert measured["prefill_tokens"] == measured["prompt_tokens"]

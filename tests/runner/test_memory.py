@@ -1,5 +1,6 @@
 """Does a runner's process hold what lives in it, and no more?"""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from tests.runner.disks import is_on_a_disk
-from workers.runner.memory import disk_bytes, host_bytes, let_go_of_pages, peak_host_bytes
+from tests.waiting import wait_for
+from workers.runner.memory import PrivatePeak, disk_bytes, host_bytes, let_go_of_pages, peak_host_bytes, private_host_bytes
 
 MIB = 1024**2
 # Freeing 30 MiB teaches glibc to keep blocks of up to that size in its heap, where the last one holds all before it.
@@ -44,6 +46,23 @@ def test_what_is_freed_is_given_back() -> None:
 def test_the_peak_is_at_least_what_is_held() -> None:
     """Both are read, in bytes."""
     assert peak_host_bytes() >= host_bytes() > MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_a_peak_that_is_gone_is_remembered_and_mapped_files_are_none(tmp_path: Path) -> None:
+    """Of a tensor that came and went between, and of a file whose pages were all looked at, the tensor counts alone."""
+    path, size = tmp_path / "file", 64 * MIB
+    path.write_bytes(bytes(size))
+    with PrivatePeak() as mapped:
+        before = private_host_bytes()
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+            assert sum(pages[:: mmap.PAGESIZE]) == 0
+    assert mapped.peak - before < size / 2
+    with PrivatePeak() as memory:
+        tensor = torch.ones(size, dtype=torch.uint8)
+        wait_for(lambda: memory.peak >= before + size * 0.9, timeout=10, what="the watch to see it")
+        del tensor
+    assert memory.peak >= before + size * 0.9
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")

@@ -16,7 +16,7 @@ from ollm_service.core.wire import Execute, Loaded, Message, Stopped
 from workers.runner.attempt import Attempt
 from workers.runner.backends import generic, native
 from workers.runner.interruptions import AttemptEnded, PassFailed, StopRequested, first_line
-from workers.runner.memory import host_bytes, is_out_of_memory
+from workers.runner.memory import PrivatePeak, host_bytes, is_out_of_memory, private_host_bytes
 from workers.runner.model import LoadedModel, free_memory
 from workers.runner.passes.specialization import AppliedPasses, SpecializationPass
 from workers.runner.progress import REPORT_SECONDS, LoadWatch, Pulse, Report
@@ -43,14 +43,16 @@ class Engine:
         self._tries_ahead = tries_ahead
         self._model: LoadedModel | None = None
         self._passes = AppliedPasses(())
-        self._bare_host_bytes = 0
+        self._bare_host_bytes = self._bare_private_bytes = 0
 
     def execute(self, command: Execute, report: Report, stop: threading.Event) -> None:
         """Carry out the plan; the last message is Finished, Stopped, SpecializationFailed or AttemptFailed.
 
         Raises whatever else goes wrong; the passes are undone in any case.
         """
-        self._bare_host_bytes = self._bare_host_bytes or host_bytes()  # the first plan finds a process without a model
+        # The first plan finds a process without a model.
+        self._bare_host_bytes = self._bare_host_bytes or host_bytes()
+        self._bare_private_bytes = self._bare_private_bytes or private_host_bytes()
         attempt = Attempt(
             command, report, Pulse(report, stop), self._bare_host_bytes, self._report_seconds, tries_ahead=self._tries_ahead
         )
@@ -110,12 +112,13 @@ class Engine:
             return self._model
         self._model = None
         free_memory()
-        with LoadWatch(attempt.report, "loading"):
+        with LoadWatch(attempt.report, "loading"), PrivatePeak() as memory:
             try:
                 self._model = generic.load(command, attempt.pulse)
             except (OSError, ValueError, RuntimeError, ImportError, MemoryError, SafetensorError) as error:
                 raise _load_failure(error) from error
         attempt.measurements.load_seconds = time.monotonic() - started
+        attempt.measurements.peak_load_bytes = max(0, memory.peak - self._bare_private_bytes)
         attempt.report(Loaded(seconds=attempt.measurements.load_seconds, was_warm=False))
         return self._model
 

@@ -14,13 +14,15 @@ class Measurements:
     and written to them counts from the beginning, with the checkpoint and the extents that were made of it.
 
     `bare_host_bytes` is what the process took before it had a model; on the CPU the device's peak is what came on top of it, so
-    that it can be held against an estimate.
+    that it can be held against an estimate. `peak_load_bytes` is the most host memory while the model was loaded, above the same,
+    and without the pages of mapped files; 0 of a warm model.
     """
 
     def __init__(self, bare_host_bytes: int = 0) -> None:
         self._bare_host_bytes = bare_host_bytes
         self._moved_before = disk_bytes()
         self.load_seconds = 0.0
+        self.peak_load_bytes = 0
         self.halvings = 0
         self._device = torch.device("cpu")
         self._started = time.monotonic()
@@ -91,6 +93,7 @@ class Measurements:
             "tried_tokens": float(self._tried_tokens),
             "memory_halvings": float(self.halvings),
             "peak_host_bytes": float(peak),
+            "peak_load_bytes": float(self.peak_load_bytes),
         }
         if self._device.type == "cuda":
             measured["peak_device_bytes"] = float(torch.cuda.max_memory_allocated(self._device))

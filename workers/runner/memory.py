@@ -8,8 +8,11 @@ import ctypes
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _STATUS, _STATM, _IO, _CLEAR, _MEMINFO, _MAPS = (
@@ -22,6 +25,7 @@ _STATUS, _STATM, _IO, _CLEAR, _MEMINFO, _MAPS = (
 )
 _M_MMAP_THRESHOLD = -3  # its number in glibc's malloc.h
 _MAPPED_ALONE_BYTES = 1024**2
+SAMPLES_A_SECOND = 100
 # Torch's CPU allocator, its MPS allocator and some BLAS libraries raise a plain RuntimeError that only its text tells apart.
 _OUT_OF_MEMORY_TEXTS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
@@ -65,6 +69,40 @@ def let_go_of_pages(files: Collection[Path], still_used: Iterable[tuple[int, int
 def host_bytes() -> int:
     """The memory that is resident now, 0 where the system does not tell."""
     return _kilobytes(_STATUS, "VmRSS:")
+
+
+def private_host_bytes() -> int:
+    """The resident memory that is in no file, 0 where the system does not tell. Pages of files it takes back by itself."""
+    return _kilobytes(_STATUS, "RssAnon:") + _kilobytes(_STATUS, "RssShmem:")
+
+
+class PrivatePeak:
+    """The most private memory while it is entered, looked at `SAMPLES_A_SECOND` times a second from beside.
+
+    The kernel's own peak counts the pages of mapped files, which are all of a checkpoint that is read once through.
+    """
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="private-peak", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._look()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._is_over.set()
+        self._thread.join()
+        self._look()
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(1 / SAMPLES_A_SECOND):
+            self._look()
+
+    def _look(self) -> None:
+        self.peak = max(self.peak, private_host_bytes())
 
 
 def reset_peak_host_bytes() -> None:
