@@ -43,6 +43,8 @@ disk         of the KV cache in files B·(T + page)·F; of int8 a byte for each 
              B·(min(T, window + page) + page)·F
 extents      where the weights are to be laid out by layers first, of the cache disk, too: all of them, and as much again of those
              that transformers joins or unpacks, until that is done and before the KV cache is there
+loading      where experts are joined then, of host memory, before anything else of the model is there: five thirds of one layer's
+             experts, the tokenizer and `WORKSPACE_BYTES` of the CPU
 side by side
 kv, prompt   B·(P·(F + S) + R). Sliding layers, too, hold the whole prompt: until the next token transformers keeps a view of it
              (`DynamicSlidingWindowLayer.update`)
@@ -62,7 +64,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ollm_service.core.laying_out import extents_bytes, joined_bytes
+from ollm_service.core.laying_out import extents_bytes, joined_bytes, joining_host_bytes
 from ollm_service.core.layout import Layout
 from ollm_service.core.pack_memory import kv_file_bytes, pack_moment
 from ollm_service.core.padded_memory import answer_moment, prompt_moment
@@ -90,7 +92,8 @@ class MemoryEstimate:
     """What a placement is expected to need, in bytes. `device_bytes` has to be free on the device, `host` besides.
 
     Of the cache disk `disk` is for the KV cache, `extents` for weights that have yet to be laid out by layers, and `joined` for
-    what lies beside them until that is done; `disk_bytes` has to be free there.
+    what lies beside them until that is done; `disk_bytes` has to be free there. `loading` is what that takes of host memory,
+    instead of all else since it comes before: the larger counts.
     """
 
     weights: int
@@ -103,6 +106,7 @@ class MemoryEstimate:
     host: int = 0
     extents: int = 0
     joined: int = 0
+    loading: int = 0
 
     @property
     def device_bytes(self) -> int:
@@ -146,6 +150,7 @@ def estimate_memory(
         host=0 if on_cpu else host,
         extents=extents_bytes(profile) * layout.lays_out,
         joined=joined_bytes(profile) * layout.lays_out,
+        loading=_loading_bytes(profile) * layout.lays_out,
     )
 
 
@@ -168,6 +173,12 @@ def _weights(profile: ModelProfile, layout: Layout) -> int:
     gone = sum(profile.layer_bytes[layer] for layer in aside) + vocabulary_bytes(profile) * layout.vocabulary_on_disk
     slots = slots_bytes(profile, aside, is_routed=layout.is_routed, vocabulary_on_disk=layout.vocabulary_on_disk)
     return profile.weight_bytes - gone + slots
+
+
+def _loading_bytes(profile: ModelProfile) -> int:
+    """Host memory in which experts are joined while the weights are laid out."""
+    joining = joining_host_bytes(profile)
+    return joining + _tokenizer(profile) + WORKSPACE_BYTES["cpu"] if joining else 0
 
 
 def _reading_bytes(profile: ModelProfile, layout: Layout) -> int:

@@ -43,6 +43,16 @@ def laying_out_bytes(profile: ModelProfile) -> int:
     return extents_bytes(profile) + joined_bytes(profile)
 
 
+def joining_host_bytes(profile: ModelProfile) -> int:
+    """Host memory that joining the experts of one layer takes, before anything else of the model is there.
+
+    The largest tensor that comes of it, gates and ups, is two thirds of a layer's experts, and two and a half times that was
+    measured: while it is written to the disk it is there twice, and what it was joined of lingers in part.
+    """
+    largest = max(profile.layer_expert_bytes, default=0) if joined_bytes(profile) else 0
+    return largest * 5 // 3
+
+
 def manifest_header(digest: str, transformers: str) -> dict[str, Any]:
     """The first line of the manifest of extents that were made of this model by this version of transformers."""
     return {"format": EXTENTS_FORMAT, "schema_version": EXTENTS_VERSION, "digest": digest, "transformers": transformers}

@@ -117,7 +117,9 @@ class Placement:
     @property
     def process_bytes(self) -> int:
         """What the runner's process takes of the device at most, its libraries included."""
-        return self.estimate.device_bytes + RUNTIME_BYTES.get(self.device_id.partition(":")[0], 0)
+        kind = self.device_id.partition(":")[0]
+        at_first = self.estimate.loading if kind == "cpu" else 0
+        return max(self.estimate.device_bytes, at_first) + RUNTIME_BYTES.get(kind, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +209,20 @@ class _Request:
 
 
 @dataclass(frozen=True, slots=True)
+class _Need:
+    """So many bytes that are needed of something, those that are usable there, and what for."""
+
+    what: str
+    needed: int
+    there: int
+    purpose: str
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.there
+
+
+@dataclass(frozen=True, slots=True)
 class _Room:
     """One device, and what is usable there: of its own memory, of host memory beside it, and of the cache disk."""
 
@@ -228,32 +244,40 @@ class _Room:
         )
 
     def holds(self, estimate: MemoryEstimate) -> bool:
-        return all(needed <= there for _, needed, there in self._needs(estimate))
+        return all(need.fits for need in self._needs(estimate))
 
-    def has_disk_for(self, estimate: MemoryEstimate) -> bool:
-        """Whether the cache disk has room, whatever memory has."""
-        return estimate.disk_bytes <= self._disk_left(estimate)
+    def has_disk_and_loads(self, estimate: MemoryEstimate) -> bool:
+        """Whether there is room for what does not depend on which layers leave: on the cache disk, and to lay weights out."""
+        return all(need.fits for need in self._needs(estimate)[2:])
 
     def refuse(self, tier: Tier, estimate: MemoryEstimate) -> RefusedTier:
         """Why an estimate of one row does not fit; the first of device, host memory and disk that is short."""
-        what, needed, there = next(need for need in self._needs(estimate) if need[1] > need[2])
-        laid_out = "the weights by layers and " if what == "cache disk" and estimate.extents else ""
+        need = next(need for need in self._needs(estimate) if not need.fits)
         return RefusedTier(
             tier=tier,
             device_id=self.device.device_id,
-            reason=f"{what}: {needed:,} bytes needed for {laid_out}one row of {self.request.tokens:,} tokens, {there:,} usable",
-            needed_bytes=needed,
-            free_bytes=there,
-            short_of=what,
+            reason=f"{need.what}: {need.needed:,} bytes needed for {need.purpose}, {need.there:,} usable",
+            needed_bytes=need.needed,
+            free_bytes=need.there,
+            short_of=need.what,
             estimate=estimate,
         )
 
-    def _needs(self, estimate: MemoryEstimate) -> tuple[tuple[str, int, int], ...]:
-        """Of what, how much is needed, and how much is usable."""
+    def _needs(self, estimate: MemoryEstimate) -> tuple[_Need, ...]:
+        """All that has to be there; the first two depend on which layers leave."""
+        row = f"one row of {self.request.tokens:,} tokens"
+        joins = "the experts that are joined while the weights are laid out by layers"
+        loading = ("memory", self.device_bytes) if self.device.kind == "cpu" else ("host memory", self.host_bytes)
         return (
-            ("memory", estimate.device_bytes, self.device_bytes),
-            ("host memory", estimate.host, self.host_bytes),
-            ("cache disk", estimate.disk_bytes, self._disk_left(estimate)),
+            _Need("memory", estimate.device_bytes, self.device_bytes, row),
+            _Need("host memory", estimate.host, self.host_bytes, row),
+            _Need(loading[0], estimate.loading, loading[1], joins),
+            _Need(
+                "cache disk",
+                estimate.disk_bytes,
+                self._disk_left(estimate),
+                f"the weights by layers and {row}" if estimate.extents else row,
+            ),
         )
 
     def _disk_left(self, estimate: MemoryEstimate) -> int:
@@ -322,11 +346,12 @@ def _climb(room: _Room, strategies: Sequence[KVCacheStrategy]) -> Iterator[tuple
 
 
 def _distance(found: _Found | RefusedTier) -> tuple[bool, int]:
-    """Of several tries that were refused the least is told: where the weights lack only disk, no other memory would help."""
+    """Of several tries that were refused the least is told, but before it what keeps weights from being laid out in any way."""
     if not isinstance(found, RefusedTier):
         return False, 0
-    lacks_disk = found.short_of == "cache disk" and found.estimate is not None and found.estimate.extents > 0
-    return not lacks_disk, found.needed_bytes
+    estimate = found.estimate
+    cannot_lay_out = estimate and estimate.extents and found.needed_bytes in (estimate.disk_bytes, estimate.loading)
+    return not cannot_lay_out, found.needed_bytes
 
 
 def _kv_tier(strategy: KVCacheStrategy) -> Tier:
@@ -402,7 +427,7 @@ def _try_passing(room: _Room, tier: Tier, layout: Layout) -> _Found | RefusedTie
     leaving = LeavingLayers.of(room.request.profile, room.request.config, layout, from_disk=tier is Tier.LAYERS_FROM_DISK)
 
     def fewest(working: MemoryEstimate) -> int | None:
-        if not room.has_disk_for(working):
+        if not room.has_disk_and_loads(working):
             return None
         return leaving.fewest(room.device_bytes - working.device_bytes, room.host_bytes - working.host)
 

@@ -232,6 +232,7 @@ def test_a_placement_fits_and_everything_refused_did_not(
     leaves = bool(found.host_layers or found.disk_layers)
     assert bool(found.estimate.extents) == (leaves and not takes_export(native) and model.digest not in live.laid_out)
     assert found.estimate.host <= live.host_free_bytes * USABLE_FRACTION
+    assert found.estimate.loading <= max(live.host_free_bytes, live.device_free_bytes[found.device_id]) * USABLE_FRACTION
     assert found.layers_on_device + found.layers_in_host + found.layers_on_disk == model.layer_count
     assert 1 <= found.micro_batch <= min(MOST_ROWS, limit or MOST_ROWS)
     assert config.demanded_kv_strategy in (None, found.kv_cache_strategy)

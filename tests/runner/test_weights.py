@@ -9,13 +9,20 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from ollm_service.core.laying_out import extents_bytes, joined_bytes, laying_out_bytes
-from ollm_service.core.laying_out import manifest_entry, manifest_line
+from ollm_service.core.laying_out import (
+    extents_bytes,
+    joined_bytes,
+    joining_host_bytes,
+    laying_out_bytes,
+    manifest_entry,
+    manifest_line,
+)
 from ollm_service.core.passes import Applied, NotNeeded
 from ollm_service.core.plan import GenericModelKind, PassId
 from ollm_service.core.profile import ModelProfile
@@ -23,7 +30,7 @@ from ollm_service.core.wire import AttemptFailed, Execute, Finished, Loaded
 from ollm_service.inspection import DigestCache, inspect_models
 from tests.runner.commands import answers, first_outcomes, make_command, of_kind, only, results_of, run, work_row
 from tests.runner.disks import is_on_a_disk
-from tests.runner.models import ROOT, plain_greedy
+from tests.runner.models import ROOT, plain_greedy, save_model
 from tests.waiting import wait_for
 from workers.cache_folder import take_folder
 from workers.runner.engine import Engine
@@ -247,6 +254,36 @@ def test_the_room_that_is_asked_for_is_what_it_takes(families: Callable[[str], P
     writer.close()
     taken = sum(path.stat().st_size for path in folder.iterdir())
     assert found.weight_bytes < taken <= extents_bytes(found)
+
+
+_LAY_OUT = """
+import sys
+from pathlib import Path
+from ollm_service.core.plan import GenericModelKind
+from workers.runner.memory import PrivatePeak, give_back_what_is_freed, private_host_bytes
+give_back_what_is_freed()
+from workers.runner.weights.extents import Origin
+from workers.runner.weights.repack import open_extents
+model, folder, small = map(Path, sys.argv[1:])
+origin, kind = Origin(digest="d" * 64, transformers="5"), GenericModelKind.CAUSAL_LM
+open_extents(small, folder / "small", origin, kind, 0, lambda: None)  # what code and tables take is there then
+before = private_host_bytes()
+with PrivatePeak() as memory:
+    open_extents(model, folder / "large", origin, kind, 0, lambda: None)
+print(memory.peak - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_joining_experts_takes_the_memory_that_is_counted_for_it(families: Callable[[str], Path], tmp_path: Path) -> None:
+    """Two and a half times the largest joined tensor, here 64 MiB of gates and ups, and not the whole of the experts."""
+    sizes: dict[str, Any] = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 32, "num_hidden_layers": 4}
+    model = save_model(tmp_path / "models" / "experts", "qwen3-moe", initializer_range=0.05, **sizes)
+    counted = joining_host_bytes(profile_of(model))
+    assert counted == 160 * 1024**2
+    folders = [str(folder) for folder in (model, tmp_path, families("qwen3-moe"))]
+    ended = subprocess.run([sys.executable, "-c", _LAY_OUT, *folders], capture_output=True, text=True, check=True)
+    assert 0.75 * counted < int(ended.stdout) < 1.05 * counted
 
 
 def test_a_model_that_is_only_read_needs_its_room_once(families: Callable[[str], Path], small_disk: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from ollm_service.core.capabilities import Capabilities, LiveState
 from ollm_service.core.estimates import RUNTIME_BYTES, estimate_memory
-from ollm_service.core.laying_out import extents_bytes, laying_out_bytes
+from ollm_service.core.laying_out import extents_bytes, joining_host_bytes, laying_out_bytes
 from ollm_service.core.layout import Layout
 from ollm_service.core.leaving import offloaded_layers
 from ollm_service.core.options import KVCacheStrategy, RuntimeConfig
@@ -483,10 +483,10 @@ VOCABULARY = {"vocabulary_size": 50_000, "hidden_size": 512, "embedding_bytes": 
 
 
 def streamed(
-    usable_bytes: int, *, model: ModelProfile, rows: int = 1, no_routing: str | None = "not here"
+    usable_bytes: int, *, model: ModelProfile, rows: int = 1, no_routing: str | None = "not here", **has: Any
 ) -> Placement | Unplaceable:
     """Place rows of 100 tokens on a processor with so much usable, after what the runner takes."""
-    free = live({"cpu": just_enough(usable_bytes + RUNTIME_BYTES["cpu"])})
+    free = live({"cpu": just_enough(usable_bytes + RUNTIME_BYTES["cpu"])}, **has)
     worker = capabilities(passes={**OFFLOADING, PassId.MOE_ROUTING: no_routing})
     return placed(RuntimeConfig(kv_cache_strategy="resident"), model=model, worker=worker, free=free, limit=rows)
 
@@ -561,6 +561,33 @@ def test_experts_that_come_one_by_one_need_less_room() -> None:
     least = streamed_bytes(half, 1, on_disk=False, is_routed=True)
     assert isinstance(streamed(least, model=half, no_routing=None), Placement)
     assert isinstance(streamed(least - 1, model=half, no_routing=None), Unplaceable)
+
+
+def test_joining_experts_takes_memory_before_anything_else() -> None:
+    """More than later, where they come one by one. Once the weights are laid out nothing of it is needed."""
+    experts = {"expert_count": 96, "expert_bytes": LAYERS * 96 * MIB, "layer_expert_bytes": (96 * MIB,) * LAYERS}
+    qwen = {"family": NativeFamily.QWEN3_NEXT, "architecture": "Qwen3NextForCausalLM", "model_type": "qwen3_next"}
+    model = deep(weight_bytes=(LAYERS * 100 + 10) * MIB, joined_bytes=LAYERS * 96 * MIB, experts_per_token=1, **experts, **qwen)
+    loading = estimate_memory(model, Layout(lays_out=True), rows=1, tokens=100).loading
+    assert joining_host_bytes(model) == 160 * MIB < loading < 200 * MIB
+    assert joining_host_bytes(replace(model, joined_bytes=0)) == 0
+    assert streamed_bytes(model, 1, on_disk=False, is_routed=True) < loading
+    short = streamed(loading - 1, model=model, no_routing=None)
+    assert isinstance(short, Unplaceable)
+    assert (short.refused[-1].short_of, short.refused[-1].needed_bytes) == ("memory", loading)
+    assert short.refused[-1].reason.startswith(f"memory: {loading:,} bytes needed for the experts that are joined while")
+    found = streamed(loading, model=model, no_routing=None)
+    assert isinstance(found, Placement)
+    assert found.process_bytes == max(loading, found.estimate.device_bytes) + RUNTIME_BYTES["cpu"]
+    there = streamed(loading - 1, model=model, no_routing=None, laid_out=frozenset({model.digest}))
+    assert isinstance(there, Placement)
+    assert there.estimate.loading == 0
+    beside = offloaded(4 * GIB, host_bytes=loading - 1, options={"offload_cpu_layers": 1}, model=model)
+    assert isinstance(beside, Unplaceable)
+    by_tier = {tier.tier: tier for tier in beside.refused}
+    assert by_tier[Tier.LAYERS_IN_HOST].short_of == "host memory"
+    assert by_tier[Tier.LAYERS_IN_HOST].needed_bytes == loading
+    assert isinstance(offloaded(4 * GIB, host_bytes=loading, options={"offload_cpu_layers": 1}, model=model), Placement)
 
 
 def test_no_more_rows_than_there_are() -> None:

@@ -1,7 +1,8 @@
 """How do a checkpoint's weights become extents? Once for each model, through transformers' own loader.
 
 Checkpoints do not hold what modules hold: transformers renames and joins weights while it loads them, so that only what it has
-loaded can be streamed. It is asked to keep all weights on disk, which takes no more memory than the largest of them.
+loaded can be streamed. It is asked to keep all weights on disk. What it only renames stays in the checkpoint and takes no memory;
+what it joins, as experts, takes a few times the largest tensor that comes of it (`joining_host_bytes`).
 """
 
 import errno
