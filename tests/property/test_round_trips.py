@@ -59,7 +59,7 @@ def test_every_kind_of_message_is_tried() -> None:
     drawn: set[type] = set()
 
     @given(some.messages)
-    @settings(max_examples=200, derandomize=True, database=None, phases=[Phase.generate])
+    @settings(max_examples=1000, derandomize=True, database=None, phases=[Phase.generate])
     def collect(message: Message) -> None:
         drawn.add(type(message))
 
