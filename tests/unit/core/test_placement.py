@@ -8,6 +8,7 @@ import pytest
 
 from ollm_service.core.capabilities import Capabilities, LiveState
 from ollm_service.core.estimates import RUNTIME_BYTES, estimate_memory
+from ollm_service.core.known_devices import hypothetical
 from ollm_service.core.laying_out import extents_bytes, joining_host_bytes, laying_out_bytes
 from ollm_service.core.layout import Layout
 from ollm_service.core.leaving import offloaded_layers
@@ -434,6 +435,16 @@ def test_weights_that_are_laid_out_need_no_room() -> None:
     assert isinstance(streamed_beside(0, laid_out=frozenset({"e" * 64})), Unplaceable)
     assert isinstance(streamed_beside(41 * GB, begun_bytes={huge().digest: 100 * GB}), Placement)
     assert isinstance(streamed_beside(41 * GB, begun_bytes={"e" * 64: 100 * GB}), Unplaceable)
+
+
+def test_an_imagined_machine_has_nothing_laid_out() -> None:
+    """Its disk has to hold what it streams."""
+    for size, tier in ((900 * GB, Tier.LAYERS_FROM_DISK), (1_100 * GB, None)):
+        model = huge(weight_bytes=size, layer_count=400, layer_bytes=(size // 402,) * 400)
+        _, offered, free = hypothetical("h200", [model])
+        found = placed(RuntimeConfig(device="cuda"), model=model, worker=offered, free=free, limit=1)
+        assert (found.tier if isinstance(found, Placement) else None) == tier
+        assert tier is not None or found.refused[-1].short_of == "cache disk"
 
 
 def test_layers_in_host_memory_come_from_extents_too() -> None:
