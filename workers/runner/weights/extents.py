@@ -14,7 +14,6 @@ Extents' lines are written when their bytes are on the disk. A writer that was k
 """
 
 import contextlib
-import json
 import os
 import threading
 import weakref
