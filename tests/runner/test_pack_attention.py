@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from workers.runner.kv.cache import PackCache
 from workers.runner.kv.resident import ResidentLayer
-from workers.runner.kv.slots import _BYTES_OF_A_CALL, Slots, Step
+from workers.runner.kv.slots import Slots, Step
 from workers.runner.packed import attention
 from workers.runner.packed.attention import Rule, attend_in_pack
 from workers.runner.packed.pack import Pack, TokenSequence
@@ -51,10 +51,10 @@ class Text:
         return (weights @ value).transpose(0, 1)[self.sequence.first_position :].float()
 
 
-def through_packs(texts: list[Text], chance: random.Random, block: int, rule: Rule, slots: int = 0) -> dict[int, Tensor]:
+def through_packs(texts: list[Text], chance: random.Random, block: int, rule: Rule, rows: int, slots: Slots) -> dict[int, Tensor]:
     """Everything that the texts get while they go through packs, some tokens at a time, in blocks of so many."""
-    cache = PackCache([ResidentLayer(rule.window)], most_cells=chance.choice((16, 500, 10**6)))
-    cache.expect(slots, chance.choice((20, 60)))
+    cache = PackCache([ResidentLayer(rule.window, slots)], most_cells=chance.choice((16, 500, 10**6)))
+    cache.expect(rows, chance.choice((20, 60)))
     found: dict[int, list[Tensor]] = {number: [] for number in range(len(texts))}
     left = {number: len(text.sequence.tokens) for number, text in enumerate(texts)}
     for text in texts:
@@ -110,7 +110,6 @@ def _cut(texts: list[Text], who: list[int], part: int) -> Tensor:
     ("window", "cap", "has_sinks"), [(None, None, False), (9, None, False), (None, None, True), (30, 2.0, False), (9, None, True)]
 )
 def test_each_sequence_sees_its_own_history(
-    monkeypatch: pytest.MonkeyPatch,
     in_vain: int,
     slots: int,
     block: int,
@@ -121,14 +120,13 @@ def test_each_sequence_sees_its_own_history(
     has_sinks: bool,
 ) -> None:
     """However a pack is cut, with windows, caps and sinks, alone or behind a beginning that others share, in slots or not."""
-    monkeypatch.setitem(_BYTES_OF_A_CALL, "cpu", in_vain)
     torch.manual_seed(seed)
     chance = random.Random(seed)
     shared = Text(chance.choice((1, 20, 70)))
     texts = [shared, *(Text(chance.choice((1, 2, 17, 60)), parent=chance.choice((None, shared, shared))) for _ in range(6))]
     sinks = torch.randn(HEADS) if has_sinks else None
     wanted = [text.expected(window, cap, sinks) for text in texts]
-    found = through_packs(texts, chance, block, Rule(scale=0.3, window=window, cap=cap, sinks_A=sinks), slots)
+    found = through_packs(texts, chance, block, Rule(scale=0.3, window=window, cap=cap, sinks_A=sinks), slots, Slots(in_vain))
     for number, expected in enumerate(wanted):
         assert torch.allclose(found[number], expected, atol=2e-5), f"text {number}"
 
@@ -145,10 +143,9 @@ def test_torchs_kernel_sees_what_all_scores_see(window: int | None) -> None:
     torch.testing.assert_close(ours.weight_AL, plain.weight_AL, atol=1e-5, rtol=1e-5)
 
 
-def test_neighbours_of_alike_lengths_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbours_of_alike_lengths_are_read_together() -> None:
     """A group ends where another would have too much read in vain; slots between count, and one alone is none."""
-    monkeypatch.setitem(_BYTES_OF_A_CALL, "cpu", 100)
-    pack, slots = Pack(), Slots()
+    pack, slots = Pack(), Slots(bytes_of_a_call=100)
     lengths = {0: 10, 1: 12, 2: 30, 4: 29, 7: 31, 8: 31}
     steps = []
     for slot, tokens in lengths.items():

@@ -95,13 +95,12 @@ def test_chunks_are_counted(engine: Engine, llama: Path) -> None:
     assert only(messages, Finished).measured["mlp_chunks"] == 6
 
 
-def test_chunks_adapt_to_free_memory_and_stay_as_large_as_a_block(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_adapt_to_free_memory_and_stay_as_large_as_a_block(llama: Path) -> None:
     """With no memory to spare an MLP still computes what the placement has counted at a time; with enough, all rows at once."""
     model = generic.load(make_command(llama, [work_row(0, "x")]), lambda: None)
     mlp_rows = torch.randn(1, 2 * BLOCK_TOKENS + 5, model.module.config.hidden_size)
-    for reserve, expected in ((2**60, "3 chunks of at most 1,024 rows"), (0, "the largest forward pass had 2,053 rows")):
-        monkeypatch.setattr("workers.runner.passes.mlp_chunking._LEAST_RESERVE", reserve)
-        chunking = MlpChunking(model, make_command(llama, [work_row(0, "x")], passes=(CHUNKS,)))
+    for free, expected in ((2**20, "3 chunks of at most 1,024 rows"), (2**40, "the largest forward pass had 2,053 rows")):
+        chunking = MlpChunking(model, make_command(llama, [work_row(0, "x")], passes=(CHUNKS,)), {model.device: free}.get)
         chunking.apply()
         model.module.get_submodule("model.layers.0.mlp")(mlp_rows)
         assert expected in describe(chunking.evidence())

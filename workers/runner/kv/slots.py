@@ -76,8 +76,10 @@ class Grouping:
 class Slots:
     """Who has which slot, in all layers with the same window."""
 
-    def __init__(self) -> None:
+    def __init__(self, bytes_of_a_call: int | None = None) -> None:
+        """Reading so much in vain is worth sparing a call; None: what was seen of such devices."""
         self.count = self.capacity = 0
+        self._bytes_of_a_call = bytes_of_a_call
         self._free: list[int] = []
         self._taken: dict[object, int] = {}
         self._block: Block | None = None
@@ -114,7 +116,9 @@ class Slots:
 
         Keys and values of a token are so many bytes.
         """
-        neighbours = _neighbours(steps, _BYTES_OF_A_CALL.get(device.type, _BYTES_OF_A_GPU_CALL) // max(1, token_bytes))
+        usual = _BYTES_OF_A_CALL.get(device.type, _BYTES_OF_A_GPU_CALL)
+        most = usual if self._bytes_of_a_call is None else self._bytes_of_a_call
+        neighbours = _neighbours(steps, most // max(1, token_bytes))
         groups = tuple(_group(members, device) for members in neighbours if len(members) > 1)
         alone = [members[0].segment for members in neighbours if len(members) == 1]
         self._block, self._grouping = block, Grouping(groups=groups, others=(*others, *alone))

@@ -51,9 +51,13 @@ class MlpChunking:
 
     pass_id = PassId.MLP_CHUNKING
 
-    def __init__(self, model: LoadedModel, command: Execute) -> None:
+    def __init__(
+        self, model: LoadedModel, command: Execute, free_bytes: Callable[[torch.device], int | None] | None = None
+    ) -> None:
+        """`free_bytes` says what a device has left; None: the system's own word."""
         details = command.runtime_plan.details
         self._model = model
+        self._free_bytes = free_bytes or _free_bytes
         self._most_rows = int(details.get("mlp_chunking_max_rows", _MOST_ROWS))
         self._is_adaptive = details.get("mlp_chunking_mode") != "explicit-rows"
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
@@ -123,8 +127,7 @@ class MlpChunking:
 
         Where memory is tight that says nothing of the rows of a block, for which the placement has made room.
         """
-        device = self._model.device
-        free = _free_device_bytes(device) if device.type == "cuda" else free_host_bytes()
+        free = self._free_bytes(self._model.device)
         if free is None:
             return self._most_rows
         _parent, _name, inner = self._replaced[0]
@@ -134,7 +137,9 @@ class MlpChunking:
         return int((free - max(_LEAST_RESERVE, free // 8)) // bytes_per_row)
 
 
-def _free_device_bytes(device: torch.device) -> int:
-    """What the driver has left, and what torch's allocator holds without using it."""
+def _free_bytes(device: torch.device) -> int | None:
+    """On CUDA what the driver has left, and what torch's allocator holds without using it; else what the machine has."""
+    if device.type != "cuda":
+        return free_host_bytes()
     unused: int = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + unused
