@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from typing import Any
 
 from ollm_service.core.leasing import RowResult
 from ollm_service.core.passes import Failed, PassOutcome
@@ -36,16 +37,15 @@ class Attempt:
         pulse: Pulse,
         bare_host_bytes: int = 0,
         report_seconds: float = REPORT_SECONDS,
-        *,
-        tries_ahead: bool = True,
+        **of_packs: Any,
     ) -> None:
-        """Answers are reported at most so often, all that there are. Without `tries_ahead` rows in packs get one token a pass."""
+        """Answers are reported at most so often, all that there are. `of_packs` are options of `PackedLoop`."""
         self.command = command
         self.report = report
         self.pulse = pulse
         self.measurements = Measurements(bare_host_bytes)
         self._report_seconds = report_seconds
-        self._tries_ahead = tries_ahead
+        self._of_packs = of_packs
         self._has_reported_rows = False
         self._outcomes: dict[PassId, PassOutcome] = {}
         self._too_long: list[LongRow] = []
@@ -59,7 +59,7 @@ class Attempt:
             if refused:
                 self._report_results(refused, passes.outcomes(has_run=False), passes)
             return self._finished(passes)
-        loop = loop_for(model, self.command.runtime_plan.backend_id, tries_ahead=self._tries_ahead)(
+        loop = loop_for(model, self.command.runtime_plan.backend_id, **self._of_packs)(
             model,
             runnable,
             most_rows=self.command.placement.micro_batch,

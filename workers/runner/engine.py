@@ -8,6 +8,7 @@ kept.
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,20 +28,19 @@ PassSource = Callable[[LoadedModel, Execute], Sequence[SpecializationPass]]
 class Engine:
     """Holds the warm model and carries out one plan at a time.
 
-    `planned_passes` gives the passes that a plan names; answers are reported every `report_seconds` at most. Without
-    `tries_ahead` rows in packs get one token a pass.
+    `planned_passes` gives the passes that a plan names; answers are reported every `report_seconds` at most. `of_packs` are
+    options of `PackedLoop`.
     """
 
     def __init__(
         self,
         planned_passes: PassSource = native.planned_passes,
         report_seconds: float = REPORT_SECONDS,
-        *,
-        tries_ahead: bool = True,
+        **of_packs: Any,
     ) -> None:
         self._planned_passes = planned_passes
         self._report_seconds = report_seconds
-        self._tries_ahead = tries_ahead
+        self._of_packs = of_packs
         self._model: LoadedModel | None = None
         self._passes = AppliedPasses(())
         self._bare_host_bytes = self._bare_private_bytes = 0
@@ -53,9 +53,7 @@ class Engine:
         # The first plan finds a process without a model.
         self._bare_host_bytes = self._bare_host_bytes or host_bytes()
         self._bare_private_bytes = self._bare_private_bytes or private_host_bytes()
-        attempt = Attempt(
-            command, report, Pulse(report, stop), self._bare_host_bytes, self._report_seconds, tries_ahead=self._tries_ahead
-        )
+        attempt = Attempt(command, report, Pulse(report, stop), self._bare_host_bytes, self._report_seconds, **self._of_packs)
         try:
             last = self._carry_out(attempt)
         finally:

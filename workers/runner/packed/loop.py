@@ -83,9 +83,10 @@ class PackedLoop:
     """The rows of one attempt. `started` is told which rows run, each time that some have joined.
 
     Without `tries_ahead` every row gets one token a pass: the answers are the same, and what guesses gain can be measured.
+    The `clock` tells whether they pay.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a loop is given, and two options of this one
         self,
         model: LoadedModel,
         rows: Sequence[EncodedRow],
@@ -96,6 +97,7 @@ class PackedLoop:
         measurements: Measurements,
         started: Callable[[tuple[int, ...]], None],
         tries_ahead: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
         self._rows = rows
@@ -106,7 +108,9 @@ class PackedLoop:
         self._started = started
         self._packed = PackedModel(model.module, model.device, visit=pulse)
         vocabulary = model.module.config.get_text_config(decoder=True).vocab_size
-        self._guesses = Guesses(None if model.draft is None else DraftModel(model.draft, model.device, visit=pulse), vocabulary)
+        self._clock = clock
+        draft = None if model.draft is None else DraftModel(model.draft, model.device, visit=pulse)
+        self._guesses = Guesses(draft, vocabulary, clock)
         self._tries_ahead, self._is_trying = tries_ahead, False
         self._waiting = WaitingRows(())
         self._running: list[RunningRow] = []
@@ -164,9 +168,9 @@ class PackedLoop:
     @torch.inference_mode()
     def _step(self, cache: PackCache) -> None:
         """One forward pass, and the tokens that it gives."""
-        began, pack = time.monotonic(), Pack()
+        began, pack = self._clock(), Pack()
         pairs = self._fill(pack)
-        filled = time.monotonic()
+        filled = self._clock()
         joining = [row.answer.row for row, segment in pairs if segment.is_prompt]
         logits_MV = self._packed.logits(pack, cache, features_of(joining, self._model.module))
         tokens, are_numbers = self._choose(logits_MV, pairs)
@@ -182,7 +186,7 @@ class PackedLoop:
             self._pulse.tokens += accepted
             step_tokens += 0 if segment.is_prompt else accepted
             place = end
-        self._count(pack, pairs, step_tokens, time.monotonic() - began, filled - began)
+        self._count(pack, pairs, step_tokens, self._clock() - began, filled - began)
 
     def _fill(self, pack: Pack) -> list[tuple[RunningRow, Segment]]:
         """Put into the pack what is to be computed; the rows, and where each is.
