@@ -118,6 +118,7 @@ class Attempt:
         self._report: AttemptReport | None = None
         self._has_reported = False
         self._measured: dict[str, Any] = {}
+        self._measured_before: dict[str, Any] = {}  # until rows were placed again
         self._tokens = 0
         self._generating_since: float | None = None
         self._heard_at = 0.0
@@ -161,16 +162,11 @@ class Attempt:
     def _bounds(self, profile: ModelProfile) -> RowBounds:
         """How long the rows without an answer may be."""
         missing = [row for row in self._assignment.rows if row.row in self._missing]
-        of_image = profile.most_image_tokens
-        lengths, prompts = [], []
-        for row in missing:
-            known, request = self._known_lengths.get(row.row), request_of(row)
-            lengths.append(known.tokens if known else most_tokens(request, row.generation.max_new_tokens, of_image))
-            prompts.append(known.prompt_tokens if known else most_prompt_tokens(request, of_image))
+        lengths = [self._known_lengths.get(row.row) or _bound(row, profile) for row in missing]
         return RowBounds(
-            longest=max(lengths, default=1),
-            longest_prompt=max(prompts, default=1),
-            shortest=min(lengths, default=1),
+            longest=max((length.tokens for length in lengths), default=1),
+            longest_prompt=max((length.prompt_tokens for length in lengths), default=1),
+            shortest=min((length.tokens for length in lengths), default=1),
             count=len(missing),
             are_sampled=not all(row.generation.is_greedy for row in missing),
         )
@@ -250,7 +246,8 @@ class Attempt:
         self._has_heard = self._has_heard or not isinstance(message, Hello)
         match message:
             case Loaded(seconds=seconds, was_warm=was_warm):
-                self._measured |= {"load_seconds": seconds, "was_warm": was_warm}
+                if not self._measured_before:
+                    self._measured |= {"load_seconds": seconds, "was_warm": was_warm}
                 self._slot.warm_model = profile.digest
             case BatchStarted(rows=rows):
                 self._in_flight = rows
@@ -262,7 +259,7 @@ class Attempt:
             case AttemptFailed():
                 self._end_unless_stopping(lambda: self._fail(message.code, message.message, is_permanent=message.is_permanent))
             case Finished(measured=measured, too_long=too_long):
-                self._measured |= measured
+                self._measured |= both(self._measured_before, measured)
                 self._in_flight = ()
                 if not self._place_again(too_long, profile):
                     self._conclude()
@@ -272,7 +269,7 @@ class Attempt:
 
     def _collect(self, done: BatchDone) -> None:
         self._in_flight = ()
-        self._measured |= done.measured
+        self._measured |= both(self._measured_before, done.measured)
         if done.outcomes:
             self._measured["passes"] = {pass_id.value: describe(outcome) for pass_id, outcome in done.outcomes.items()}
         if self._report is None:
@@ -326,20 +323,22 @@ class Attempt:
     def _place_again(self, too_long: Sequence[LongRow], profile: ModelProfile) -> bool:
         """Rows may be longer than any bound knew, by what their model's chat template writes itself: make room for those.
 
-        False where there are none: all are answered, or what was said before was no help.
+        False where there are none: all are answered, what was said before was no help, or rows were left as their bounds had it.
         """
-        if self._stopping is not None or self._too_long is not None or all(row.row in self._known_lengths for row in too_long):
+        new = [row for row in too_long if row.row not in self._known_lengths]
+        if self._too_long is not None:
+            new = [row for row in new if row.tokens > _bound(self._rows[row.row], profile).tokens]
+        if self._stopping is not None or not new:
             return False
         self._flush()
         if self._lease.is_lost(self._around.clock()) or self._waiting:
             return False
         self._known_lengths |= {row.row: row for row in too_long}
+        self._measured_before = dict(self._measured)
         placed = self._place(self._plan, profile)
         if isinstance(placed, Unplaceable):
             most = max(row.tokens for row in too_long)
-            self._fail(
-                "rows_missing", f"{len(too_long)} rows have up to {most:,} tokens, for which there is no room: {placed.reason}"
-            )
+            self._fail("rows_missing", f"{len(new)} rows have up to {most:,} tokens, for which there is no room: {placed.reason}")
         else:
             self._take_place(placed, profile)
         return True
@@ -509,6 +508,28 @@ class Attempt:
             return {}
         chosen = {"device": placement.device_id, "placement_tier": placement.tier, "micro_batch": str(placement.micro_batch)}
         return {**placement.kv_details, **chosen}
+
+
+def both(before: Mapping[str, Any], now: Mapping[str, float]) -> dict[str, float]:
+    """What two rounds of one attempt have measured together: the larger peak, and of all else the sum."""
+    found = dict(now)
+    for name, value in now.items():
+        known = before.get(name)
+        if isinstance(known, int | float):
+            found[name] = max(known, value) if name.startswith(("peak_", "largest_")) else known + value
+    if "tokens_per_second" in before and found.get("generate_seconds"):
+        found["tokens_per_second"] = found.get("completion_tokens", 0.0) / found["generate_seconds"]
+    return found
+
+
+def _bound(row: WorkRow, profile: ModelProfile) -> LongRow:
+    """How long a row may be, as far as one can tell without its tokens."""
+    request, of_image = request_of(row), profile.most_image_tokens
+    return LongRow(
+        row=row.row,
+        prompt_tokens=most_prompt_tokens(request, of_image),
+        tokens=most_tokens(request, row.generation.max_new_tokens, of_image),
+    )
 
 
 def request_of(row: WorkRow) -> dict[str, Any]:

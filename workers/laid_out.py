@@ -39,7 +39,7 @@ class LaidOutWeights:
             if end is not None and size >= end:
                 whole.add(model.name)
             else:
-                begun[model.name] = sum(_size(path) for path in model.rglob("*"))
+                begun[model.name] = sum(_size(Path(at, name)) for at, _, names in os.walk(model) for name in names)
         return LaidOut(whole=frozenset(whole), begun_bytes=begun)
 
     def _end(self, model: Path) -> int | None:

@@ -39,8 +39,8 @@ masks        b·P, at most `MOST_CELLS`, of 1 + w bytes, where a prompt is longe
 logits       M·V·w of M places: one for each row, up to 16 with those that are tried, `MOST_TRIED_IN_PASS` of all rows. Rows that
              sample sort float32 copies: `SAMPLER_BYTES` more, in host memory. Where the head comes in tiles, M·w for each row of
              one
-disk         of the KV cache in files B·(T + 2·page)·F, a page of them for beginnings that rows share; B·(T + page) of int8, a byte
-             for each element and 4 for each head; of a ring B·(min(T, window + page) + page)·F
+disk         of the KV cache in files B·(T + 2·page)·F, a page of it for beginnings that rows share; B·(T + page) of int8, a
+             byte for each element and 4 for each head; of a ring B·(min(T, window + page) + page)·F
 extents      where the weights are to be laid out by layers first, of the cache disk, too: all of them, and as much again of those
              that transformers joins or unpacks, until that is done and before the KV cache is there
 loading      where experts are joined then, of host memory, before anything else of the model is there: five thirds of one layer's

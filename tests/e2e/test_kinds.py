@@ -67,6 +67,9 @@ def test_a_template_may_write_much_by_itself(service: Fleet) -> None:
     assert results[0]["usage"]["prompt_tokens"] > 600
     assert results[0]["text"] == results[2]["text"]
     assert job["plans"][0]["failures"] == 0
+    (attempt,) = service.calls.plan(job["plans"][0]["id"])["attempts"]
+    assert attempt["measured"]["prompt_tokens"] == sum(result["usage"]["prompt_tokens"] for result in results.values())
+    assert attempt["measured"]["load_seconds"] > 0
 
 
 def test_an_adapter_is_put_on_its_model(service: Fleet, models: Path) -> None:

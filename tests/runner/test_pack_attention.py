@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.runner.kv.cache import PackCache
+from workers.runner.kv.layer import Arrival
 from workers.runner.kv.resident import ResidentLayer
 from workers.runner.kv.slots import Slots, Step
 from workers.runner.packed import attention
@@ -88,6 +89,8 @@ def through_packs(texts: list[Text], chance: random.Random, block: int, rule: Ru
             texts[number].sequence.cached = len(texts[number].sequence.tokens)
             is_shared = any(text.parent is texts[number] for text in texts)
             if not left[number] and not is_shared:
+                for kept in cache.history_layer(0).history(texts[number].sequence)[:2]:
+                    kept.fill_(torch.nan)  # as of a row that failed: the next one in its slot has nothing of it
                 cache.forget(texts[number].sequence)
     return {number: torch.cat(parts) for number, parts in found.items()}
 
@@ -168,3 +171,28 @@ def test_neighbours_of_alike_lengths_are_read_together() -> None:
     alone = slots.group(pack.blocks(1000)[0], steps, (), torch.device("cpu"), 10**6)
     assert [group.slots for group in alone.groups] == [slice(7, 9)]
     assert [one.begin for one in alone.others] == [0, 1, 2, 3]
+
+
+def test_what_was_taken_back_is_never_read() -> None:
+    """Tokens that were tried in vain may not be numbers; behind a mask they would still spoil the row's own answer."""
+    layer = ResidentLayer(slots=Slots())
+    layer.expect(2, 50)
+    short, long = (TokenSequence(tokens=[0] * tokens, capacity=50) for tokens in (10, 30))
+    for row in (short, long):
+        states = torch.randn(KEY_HEADS, len(row.tokens), WIDTH)
+        layer.append(Arrival(sequence=row, start=0, is_prompt=True), states, states)
+    tried = torch.full((KEY_HEADS, 3, WIDTH), torch.nan)
+    layer.append(Arrival(sequence=short, start=10, is_prompt=False), tried, tried)
+    layer.truncate(short, 10)
+    pack = Pack()
+    for row in (short, long):
+        row.cached = len(row.tokens)
+        row.tokens += [0]
+        pack.add(row, wanted=1, is_prompt=False)
+    (block,) = pack.blocks(100)
+    (group,) = layer.grouping(block, torch.device("cpu")).groups
+    layer.append_group(group, torch.randn(KEY_HEADS, 2, WIDTH), torch.randn(KEY_HEADS, 2, WIDTH))
+    keys, values = layer.group_history(group)
+    assert keys.shape == values.shape == (2, KEY_HEADS, 31, WIDTH)
+    assert bool(keys.isfinite().all())
+    assert bool(values.isfinite().all())

@@ -59,7 +59,12 @@ class Attempt:
             if refused:
                 self._report_results(refused, passes.outcomes(has_run=False), passes)
             return self._finished(passes)
-        loop = loop_for(model, self.command.runtime_plan.backend_id, **self._of_packs)(
+        loop = loop_for(
+            model,
+            self.command.runtime_plan.backend_id,
+            planned_tokens=self.command.placement.longest_row_tokens,
+            **self._of_packs,
+        )(
             model,
             runnable,
             most_rows=self.command.placement.micro_batch,

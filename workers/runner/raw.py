@@ -39,7 +39,8 @@ def pages(size: int, device: torch.device | None = None) -> Tensor:
     while others compute. Torch's own page-locked memory would not do: it comes in powers of two. Where the system refuses to
     lock, they are pages as any other, and copies of them are slower.
     """
-    kept = _Pages(-1, max(size, 1))
+    # Private, so that the system counts them as this process's own, and reading what was never written to takes none.
+    kept = _Pages(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     found = torch.frombuffer(kept, dtype=torch.uint8)
     if device is not None and device.type == "cuda":
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch does not annotate it

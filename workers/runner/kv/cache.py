@@ -78,6 +78,11 @@ class PackCache(Cache):
         """Nothing that a module could count on: positions are given."""
         return 0
 
+    @property
+    def has_slots(self) -> bool:
+        """Whether memory is kept for more rows than there may be now."""
+        return any(isinstance(part, ResidentLayer) and part.has_slots for part in self.parts)
+
     def expect(self, rows: int, tokens: int) -> None:
         """At most so many sequences will go on beyond their prompts at a time, each of at most so many tokens of its own.
 

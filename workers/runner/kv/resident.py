@@ -2,8 +2,8 @@
 
 Each sequence has room for all of its tokens from the first on, so that a new one costs a write of its own size and not a copy of
 all that came before. A layer of sliding attention keeps its window, and as much again before it moves the window to the front.
-Rooms of rows lie beside each other in one slab, as far as it was said how many there will be; it is never larger than as many
-rows of the greatest length, and where memory is there only when it is written to, as small as they are.
+Rooms of rows lie beside each other in one slab, as far as it was said how many there will be, each as large as the largest. On
+the CPU memory is there only when it is written to.
 
 H key heads, L new tokens, T tokens kept, D head width, S slots, C tokens of a slot, N tokens of a block.
 """
@@ -31,6 +31,7 @@ class Room:
     @classmethod
     def in_slot(cls, slab: "Slab", slot: int, first: int) -> "Room":
         """Empty, in a slab."""
+        slab.clean(slot)
         room = cls.__new__(cls)
         room.keys, room.values = slab.keys_SHCD[slot], slab.values_SHCD[slot]
         room.first, room.used, room.slot = first, 0, slot
@@ -54,12 +55,24 @@ class Room:
 
 
 class Slab:
-    """Room for many sequences, of which all that was not written to is zero: what is masked out must be a number."""
+    """Room for many sequences. What is beyond their tokens is always a number: it is read, with a weight of zero."""
 
     def __init__(self, keys_HLD: Tensor, values_HLD: Tensor, slots: int, capacity: int) -> None:
-        """For tokens like these."""
+        """For tokens like these; all zero."""
+        self._written = [0] * slots
         self.keys_SHCD = _zeros_like(keys_HLD, slots, capacity)
         self.values_SHCD = _zeros_like(values_HLD, slots, capacity)
+
+    def clean(self, slot: int) -> None:
+        """Nothing stays of who was there before: what a model has computed may not be a number."""
+        self.keys_SHCD[slot, :, : self._written[slot]] = 0
+        self.values_SHCD[slot, :, : self._written[slot]] = 0
+        self._written[slot] = 0
+
+    def leave(self, room: Room) -> None:
+        """Somebody goes, and what is there stays until the next one comes."""
+        if room.slot is not None:
+            self._written[room.slot] = room.used
 
     @property
     def token_bytes(self) -> int:
@@ -83,13 +96,19 @@ class ResidentLayer(HistoryLayer):
         # One row alone is reached by one operation anyway.
         self._slots.expect(rows if rows > 1 else 0, tokens if self._window is None else min(tokens, 2 * self._window))
 
+    @property
+    def has_slots(self) -> bool:
+        """Whether rows may lie beside each other."""
+        return self._slots.count > 0
+
     def append(self, arrival: Arrival, keys_HLD: Tensor, values_HLD: Tensor) -> None:
         """Take in new tokens."""
         new, room = keys_HLD.shape[-2], self._rooms.get(arrival.sequence)
         if room is None:
-            room = self._rooms[arrival.sequence] = self._new(arrival, keys_HLD, values_HLD, new)
+            goes_on = not arrival.is_prompt or arrival.start + new + arrival.more < arrival.sequence.capacity
+            room = self._rooms[arrival.sequence] = self._new(arrival.sequence, keys_HLD, values_HLD, new, goes_on=goes_on)
         elif room.used + new > room.capacity:
-            room = self._make_room(room, arrival, new)
+            room = self._make_room(room, arrival.sequence, new)
         room.add(keys_HLD, values_HLD)
 
     def grouping(self, block: Block, device: torch.device) -> Grouping:
@@ -130,12 +149,17 @@ class ResidentLayer(HistoryLayer):
 
     def truncate(self, sequence: Text, tokens: int) -> None:
         """Forget the newest."""
-        room = self._rooms[sequence]
-        room.used = tokens - room.first
+        room, kept = self._rooms[sequence], tokens - self._rooms[sequence].first
+        if room.slot is not None:
+            room.keys[:, kept : room.used] = 0
+            room.values[:, kept : room.used] = 0
+        room.used = kept
 
     def forget(self, sequence: Text) -> None:
         """Give the room back."""
-        self._rooms.pop(sequence, None)
+        room = self._rooms.pop(sequence, None)
+        if room is not None and self._slab is not None:
+            self._slab.leave(room)
         self._slots.give_back(sequence)
 
     def close(self) -> None:
@@ -144,11 +168,10 @@ class ResidentLayer(HistoryLayer):
             self.forget(sequence)
         self._slab = None
 
-    def _new(self, arrival: Arrival, keys_HLD: Tensor, values_HLD: Tensor, needed: int, first: int = 0) -> Room:
-        """A slot's room for what has more tokens to come than its prompt's; other sequences never have a step."""
-        capacity = self._capacity(arrival.sequence, needed)
-        goes_on = not arrival.is_prompt or arrival.start + keys_HLD.shape[-2] + arrival.more < arrival.sequence.capacity
-        slot = self._slots.take(arrival.sequence, capacity) if goes_on else None
+    def _new(self, sequence: Text, keys_HLD: Tensor, values_HLD: Tensor, needed: int, first: int = 0, *, goes_on: bool) -> Room:
+        """A slot's room for what goes on beyond its prompt; other sequences never have a step."""
+        capacity = self._capacity(sequence, needed)
+        slot = self._slots.take(sequence, capacity) if goes_on else None
         if slot is None:
             return Room(keys_HLD, values_HLD, capacity, first)
         if self._slab is None:
@@ -159,16 +182,19 @@ class ResidentLayer(HistoryLayer):
         """Where a new token of a sequence goes; None where it is its first."""
         room = self._rooms.get(step.sequence)
         if room is not None and room.used == room.capacity:
-            return self._make_room(room, Arrival(sequence=step.sequence, start=step.start, is_prompt=False), 1)
+            return self._make_room(room, step.sequence, 1)
         return room
 
-    def _make_room(self, room: Room, arrival: Arrival, new: int) -> Room:
+    def _make_room(self, room: Room, sequence: Text, new: int) -> Room:
         """Go on with as many tokens as a window still shows, in a room for so many more."""
         kept = room.used if self._window is None else min(room.used, self._window - 1)
         start = room.used - kept
         # Copied, since the new room may be the same slot.
         keys, values = room.keys[:, start : room.used].clone(), room.values[:, start : room.used].clone()
-        made = self._rooms[arrival.sequence] = self._new(arrival, keys, values, kept + new, room.first + start)
+        if self._slab is not None:
+            self._slab.leave(room)
+        goes_on = self._slots.has(sequence)
+        made = self._rooms[sequence] = self._new(sequence, keys, values, kept + new, room.first + start, goes_on=goes_on)
         made.add(keys, values)
         return made
 

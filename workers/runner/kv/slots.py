@@ -82,8 +82,6 @@ class Slots:
         self._bytes_of_a_call = bytes_of_a_call
         self._free: list[int] = []
         self._taken: dict[object, int] = {}
-        self._block: Block | None = None
-        self._grouping = Grouping(others=())
 
     def expect(self, count: int, capacity: int) -> None:
         """From now on so many slots for so many tokens each, all free."""
@@ -92,12 +90,14 @@ class Slots:
         heapify(self._free)
 
     def take(self, sequence: object, capacity: int) -> int | None:
-        """The sequence's slot; None where it has none and none is free, or needs more room than there is in one."""
-        if capacity > self.capacity:
-            return None
+        """The sequence's slot, if it has as much room; None where none was free. It stays the sequence's in any case."""
         if sequence not in self._taken and self._free:
             self._taken[sequence] = heappop(self._free)
-        return self._taken.get(sequence)
+        return self._taken.get(sequence) if capacity <= self.capacity else None
+
+    def has(self, sequence: object) -> bool:
+        """Whether a slot is the sequence's, wherever that is now."""
+        return sequence in self._taken
 
     def give_back(self, sequence: object) -> None:
         """It ends, in all layers."""
@@ -107,7 +107,8 @@ class Slots:
 
     def known(self, block: Block) -> Grouping | None:
         """What another layer has made of this block."""
-        return self._grouping if self._block is block else None
+        known: Grouping | None = block.groupings.get(self)
+        return known
 
     def group(
         self, block: Block, steps: Sequence[Step], others: Sequence[Segment], device: torch.device, token_bytes: int
@@ -121,8 +122,8 @@ class Slots:
         neighbours = _neighbours(steps, most // max(1, token_bytes))
         groups = tuple(_group(members, device) for members in neighbours if len(members) > 1)
         alone = [members[0].segment for members in neighbours if len(members) == 1]
-        self._block, self._grouping = block, Grouping(groups=groups, others=(*others, *alone))
-        return self._grouping
+        made = block.groupings[self] = Grouping(groups=groups, others=(*others, *alone))
+        return made
 
 
 def _neighbours(steps: Sequence[Step], most_in_vain: int) -> list[list[Step]]:

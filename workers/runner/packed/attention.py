@@ -119,7 +119,7 @@ def _attend_to_parents(query_AND: Tensor, block: Block, layer: HistoryLayer, rul
     weight_AN = query_AND.new_full((heads, tokens), -torch.inf, dtype=torch.float32)
     for sharing in block.shared:
         keys_HTD, values_HTE, first = layer.history(sharing.parent)
-        places_L, positions_L = sharing.places_L.to(query_AND.device, non_blocking=True), sharing.positions_L
+        places_L, positions_L = sharing.places(query_AND.device), sharing.positions_L
         queries, earliest = query_AND.index_select(1, places_L), sharing.parent.first_position + first
         if can_flash(queries, values_HTE, rule, positions_L, earliest):
             part = flash(queries, keys_HTD, values_HTE, rule)

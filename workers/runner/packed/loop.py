@@ -96,12 +96,14 @@ class PackedLoop:
         pulse: Pulse,
         measurements: Measurements,
         started: Callable[[tuple[int, ...]], None],
+        planned_tokens: int | None = None,
         tries_ahead: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
         self._rows = rows
         self._most_rows = max(1, most_rows)
+        self._planned_tokens = self._most_rows * planned_tokens if planned_tokens else None
         self._suspects = suspects
         self._pulse = pulse
         self._measurements = measurements
@@ -127,7 +129,7 @@ class PackedLoop:
         attached, alone = self._packed.attached(self._model.layers()), one_at_a_time(self._model.module)
         with self._model.open_cache(rows=rows, tokens=tokens) as cache, attached, alone, self._guesses.ready():
             self._waiting = WaitingRows(self._rows, self._suspects, may_share=cache.keeps_all)
-            cache.expect(rows, self._waiting.most_tokens)
+            self._expect(cache, rows)
             while self._waiting or self._running:
                 self._admit(cache)
                 yield self._pass(cache)
@@ -137,6 +139,8 @@ class PackedLoop:
             return  # one that was held back joins first: more prompts beside its own would be too many tokens
         taken = self._waiting.take(self._most_rows - len(self._running), MOST_PACK_TOKENS, others_run=bool(self._running))
         if taken:
+            if taken[0].row.row in self._suspects:
+                cache.expect(0, 0)  # it is alone, and has all memory for itself
             # In the order of their lengths, in which they get their places in the cache: what is alike is beside each other.
             taken.sort(key=lambda waiting: waiting.own_tokens)
             self._running += [self._begun(waiting, may_try=self._tries_ahead and cache.can_go_back) for waiting in taken]
@@ -280,13 +284,25 @@ class PackedLoop:
             if beginning is not None and beginning.sequence is not None:
                 cache.forget(beginning.sequence)
                 beginning.sequence = None
-        free_memory()
-        if len(stopped) == 1 and not self._is_trying:
+        is_alone = len(stopped) == 1 and not self._is_trying
+        if is_alone and not cache.has_slots:
+            free_memory()
             self._forget(stopped[0], cache)
             return [out_of_memory(stopped[0].answer.row)]
         self._measurements.halvings += 1
         self._tries_ahead = False
-        self._most_rows = max(1, len(stopped) // 2)
         self._waiting.put_back(row.waiting for row in stopped)
-        cache.expect(self._most_rows, self._waiting.most_tokens)
+        if is_alone:
+            cache.expect(0, 0)  # what was there for others may be all that it lacked
+        else:
+            self._most_rows = max(1, len(stopped) // 2)
+            self._expect(cache, self._most_rows)
+        free_memory()
         return []
+
+    def _expect(self, cache: PackCache, rows: int) -> None:
+        """Have slots for so many rows, if they and the beginnings that rows share take no more than was planned for."""
+        own, beginnings = self._waiting.most_tokens, self._waiting.beginning_tokens(rows)
+        planned = self._planned_tokens
+        fits = planned is None or rows * own + beginnings <= planned
+        cache.expect(rows if fits else 0, own)

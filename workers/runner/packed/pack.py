@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,6 +95,13 @@ class Sharing:
     parent: TokenSequence
     positions_L: Tensor
     places_L: Tensor
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def places(self, device: torch.device) -> Tensor:
+        """The places, on a device; copied there once for all layers."""
+        if device not in self._copies:
+            self._copies[device] = self.places_L.to(device, non_blocking=True)
+        return self._copies[device]
 
     @classmethod
     def of(cls, parent: TokenSequence, children: Sequence[Segment]) -> "Sharing":
@@ -110,6 +118,7 @@ class Block:
     begin: int
     end: int
     segments: tuple[Segment, ...]
+    groupings: dict[object, Any] = field(default_factory=dict)  # what caches have made of it, by whose slots they are
 
     @cached_property
     def shared(self) -> list[Sharing]:

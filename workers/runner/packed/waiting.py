@@ -79,6 +79,11 @@ class WaitingRows:
         """The most that one of them will ever have in a cache, besides a beginning that it shares."""
         return max((waiting.most_own_tokens for waiting in (*self._rows, *self._suspects)), default=0)
 
+    def beginning_tokens(self, rows: int) -> int:
+        """What beginnings take of a cache while at most so many rows run: no more of them are there than rows, but one or two."""
+        lengths = {waiting.beginning: len(waiting.beginning.tokens) for waiting in self._rows if waiting.beginning is not None}
+        return sum(sorted(lengths.values(), reverse=True)[: rows + 1])
+
     def take(self, most_rows: int, most_tokens: int, *, others_run: bool) -> list[WaitingRow]:
         """The next rows, of at most so many new prompt tokens, or one alone that has more.
 

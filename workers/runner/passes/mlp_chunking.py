@@ -65,6 +65,7 @@ class MlpChunking:
         self._largest_pass = 0
         self._smallest_limit = self._most_rows
         self._chunks = 0
+        self._largest_chunk = 0
 
     def check(self) -> PassOutcome | None:
         """Fails for a model without a gated MLP."""
@@ -88,7 +89,7 @@ class MlpChunking:
             return NotNeeded(
                 reason=f"the largest forward pass had {self._largest_pass:,} rows, one chunk holds {self._smallest_limit:,}"
             )
-        return Applied(evidence=f"{self._chunks:,} chunks of at most {self._smallest_limit:,} rows")
+        return Applied(evidence=f"{self._chunks:,} chunks of at most {self._largest_chunk:,} rows")
 
     def undo(self) -> None:
         """Put the model's own MLPs back."""
@@ -113,6 +114,7 @@ class MlpChunking:
         self._smallest_limit = min(self._smallest_limit, self._limit)
         if chunks > 1:
             self._chunks += chunks
+            self._largest_chunk = max(self._largest_chunk, self._limit)
 
     def _last_limit(self) -> int:
         return self._limit

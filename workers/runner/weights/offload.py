@@ -48,6 +48,7 @@ def load_offloaded(command: Execute, device: torch.device, visit: Callable[[], N
                 return _load(command, source, device, visit)
             except CorruptExtents:
                 forget_extents(folder, source, visit)
+                source.close()  # an open file would keep its place on the disk while it is made again
         with _closed_on_failure(_made(command, folder, visit)) as source:
             return _load(command, source, device, visit)
     except CorruptExtents as error:
