@@ -61,7 +61,7 @@ def job_beyond_memory(folder: Path, *, shows_why: bool = False) -> Offloaded:
         attempt = plan.attempts[-1]
         promise(attempt.placement["layers_on_disk"] > 0, "no layer was placed on disk")
         promise(attempt.measured["weight_bytes_read"] > size, "fewer bytes were read than the model has")
-        promise(most_memory(attempt) < limit, f"the runner took {most_memory(attempt):,} bytes")
+        promise(most_memory(attempt.measured) < limit, f"the runner took {most_memory(attempt.measured):,} bytes")
         tell_beside(quote, job, attempt)
         tell_history(plan)
         stage.why(plan)
@@ -92,12 +92,11 @@ def tell_beside(quote: Mapping[str, Any], job: Job, attempt: Attempt) -> None:
     beside("memory", bytes_in_words(estimate.device_bytes), bytes_in_words(measured["peak_device_bytes"]))
     read = f"{measured['layers_brought']:,.0f} times a layer, {bytes_in_words(measured['weight_bytes_read'])}"
     beside("from disk", f"{layers} of {LAYERS} layers for each token of a batch", read)
-    say(f"   With all of its libraries the runner never took more than {bytes_in_words(most_memory(attempt))}.\n")
+    say(f"   With all of its libraries the runner never took more than {bytes_in_words(most_memory(measured))}.\n")
 
 
-def most_memory(attempt: Attempt) -> float:
+def most_memory(measured: Mapping[str, Any]) -> float:
     """The most that a runner on a CPU had taken, in bytes, be it while it loaded the model or while it answered."""
-    measured = attempt.measured
     bare = measured["peak_host_bytes"] - measured["peak_device_bytes"]
     return float(bare + max(measured["peak_device_bytes"], measured["peak_load_bytes"]))
 

@@ -141,10 +141,11 @@ class Attempt:
             except BrokenCheckpoint as broken:
                 self._fail("adapter_refused", f"The adapter {self._assignment.config.adapter_dir} cannot be used: {broken}.")
                 return self._ending or Ending.LOST
-            placed = self._place(self._plan, profile)
+            bounds = self._bounds(profile)
+            placed = self._place(self._plan, profile, bounds)
             if isinstance(placed, Unplaceable):
                 return self._decline(placed.reason)
-            if self._take_place(placed, profile) and self._started():
+            if self._take_place(placed, profile, bounds) and self._started():
                 while self._ending is None:
                     message = self._slot.runner.receive(timeout=TICK_SECONDS)
                     if message is not None:
@@ -171,9 +172,9 @@ class Attempt:
             are_sampled=not all(row.generation.is_greedy for row in missing),
         )
 
-    def _place(self, plan: RuntimePlan, profile: ModelProfile) -> Placement | Unplaceable:
+    def _place(self, plan: RuntimePlan, profile: ModelProfile, bounds: RowBounds) -> Placement | Unplaceable:
         """Where this worker would run a plan of these rows now."""
-        work, bounds = self._assignment, self._bounds(profile)
+        work = self._assignment
         return place(
             plan,
             profile,
@@ -185,9 +186,8 @@ class Attempt:
             micro_batch_limit=work.micro_batch_limit,
         )
 
-    def _take_place(self, placed: Placement, profile: ModelProfile) -> bool:
+    def _take_place(self, placed: Placement, profile: ModelProfile, bounds: RowBounds) -> bool:
         """Reserve the place and hand the plan to the runner; False where the attempt ended instead."""
-        bounds = self._bounds(profile)
         self._placement = placed
         longest = min(bounds.longest, profile.most_row_tokens or bounds.longest)
         is_partial = placed.longest_row_tokens is not None and placed.longest_row_tokens < longest
@@ -311,14 +311,15 @@ class Attempt:
         if isinstance(outcome, CannotFallBack):
             self._fail("pass_failed", f"{failed.reason} (no fallback: {outcome.reason})", outcomes=failed.outcomes)
             return
-        placed = self._place(outcome, profile)
+        bounds = self._bounds(profile)
+        placed = self._place(outcome, profile, bounds)
         if isinstance(placed, Unplaceable):
             message = f"{failed.reason} (the fallback to {outcome.backend_id} does not fit here: {placed.reason})"
             self._fail("pass_failed", message, outcomes=failed.outcomes)
             return
         _log.info("fallback", extra={"plan_id": work.plan_id, "reason": failed.reason})
         self._plan = outcome
-        self._take_place(placed, profile)
+        self._take_place(placed, profile, bounds)
 
     def _place_again(self, too_long: Sequence[LongRow], profile: ModelProfile) -> bool:
         """Rows may be longer than any bound knew, by what their model's chat template writes itself: make room for those.
@@ -335,12 +336,13 @@ class Attempt:
             return False
         self._known_lengths |= {row.row: row for row in too_long}
         self._measured_before = dict(self._measured)
-        placed = self._place(self._plan, profile)
+        bounds = self._bounds(profile)
+        placed = self._place(self._plan, profile, bounds)
         if isinstance(placed, Unplaceable):
             most = max(row.tokens for row in too_long)
             self._fail("rows_missing", f"{len(new)} rows have up to {most:,} tokens, for which there is no room: {placed.reason}")
         else:
-            self._take_place(placed, profile)
+            self._take_place(placed, profile, bounds)
         return True
 
     def _bury(self, died: Died, profile: ModelProfile) -> None:

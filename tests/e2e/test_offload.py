@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from scripts.deepen_demo_model import deepen
+from scripts.demo_offload import most_memory
 from tests.e2e.fleet import DEMO_MODELS, REPOSITORY, Fleet, counts, one_real_worker
 from tests.e2e.scripted_jobs import answers
 from tests.runner.models import plain_greedy, save_model
@@ -85,11 +86,6 @@ def test_experts_that_do_not_fit_come_from_an_export_when_they_are_hit(small_mac
     measured = small_machine.calls.get(f"/v1/plans/{plan['id']}").json()["attempts"][-1]["measured"]
     assert measured["expert_bytes_read"] <= 1.1 * measured["expert_bytes_routed_ideal"] < measured["expert_bytes_all"]
     assert most_memory(measured) < LIMIT_GB * 1024**3
-
-
-def most_memory(measured: dict[str, float]) -> float:
-    """The most that the runner had taken, while it loaded or later."""
-    return measured["peak_host_bytes"] + max(0.0, measured["peak_load_bytes"] - measured["peak_device_bytes"])
 
 
 def test_a_draft_model_guesses_for_one_that_streams(small_machine: Fleet) -> None:

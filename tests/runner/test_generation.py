@@ -152,7 +152,7 @@ def test_rows_with_the_most_tokens_to_answer_run_first(engine: Engine, llama: Pa
     """Then those with the longest prompts, as many at a time as the placement allows; each leaves its place to the next."""
     rows = [work_row(index, "x" * (10 * index + 1), max_new_tokens=1 + index // 3) for index in range(5)]
     messages = run(engine, make_command(llama, rows, micro_batch=2))
-    assert [set(message.rows) for message in of_kind(messages, BatchStarted)] == [{4, 3}, {2, 1}, {0}]
+    assert [message.rows for message in of_kind(messages, BatchStarted)] == [(3, 4), (2, 1), (0,)]
     assert [len(message.results) for message in of_kind(messages, BatchDone)] == [2, 2, 1]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from ollm_service.core.laying_out import manifest_line
 from workers.cache_folder import take_folder, weights_folder
 from workers.laid_out import LaidOut, LaidOutWeights
 from workers.probe import Claims, Probe
@@ -38,6 +39,7 @@ def begun(folder: Path) -> LaidOut:
     return LaidOut(begun_bytes={DIGEST: there})
 
 
+END = manifest_line({"extents": 2})
 WHOLE = LaidOut(whole=frozenset({DIGEST}))
 
 
@@ -74,7 +76,7 @@ def test_extents_of_another_version_are_not_whole(tmp_path: Path, version: str |
     assert LaidOutWeights(version).look(tmp_path) == begun(tmp_path)
 
 
-@pytest.mark.parametrize("line", [b"", b"[]\n", b"{\n", b'{"extents":2', b'{"extents":2}\n' * 3])
+@pytest.mark.parametrize("line", [b"", b"[]\n", b"{\n", END[:-1], END * 3])
 def test_a_manifest_that_cannot_be_read_is_none(tmp_path: Path, line: bytes) -> None:
     """However it is damaged, it makes no model whole and stops nobody."""
     manifest = lay_out(tmp_path).with_name("manifest.jsonl")

@@ -156,12 +156,8 @@ def _asked_twice(query_SHGD: Tensor) -> Tensor:
 
 def side_by_side(query_SHGD: Tensor, keys_SHTD: Tensor, values_SHTE: Tensor, rule: Rule, seen_S11T: Tensor | None) -> Part:
     """The part of one query for each query head and slot, slots in the place of queries: averages [A, S, E]."""
-    if (
-        _FLASH is not None
-        and query_SHGD.device.type == "cpu"
-        and rule.cap is None
-        and query_SHGD.shape[-1] == values_SHTE.shape[-1]
-    ):
+    if _has_flash(query_SHGD, values_SHTE, rule):
+        assert _FLASH is not None
         hidden = None if seen_S11T is None else query_SHGD.new_zeros(seen_S11T.shape).masked_fill_(~seen_S11T, -torch.inf)
         asked, heads = _asked_twice(query_SHGD), query_SHGD.shape[2]
         average_SHGE, weight_SHG = _FLASH(asked, keys_SHTD, values_SHTE, attn_mask=hidden, scale=rule.scale)
@@ -308,10 +304,14 @@ def can_flash(query_ALD: Tensor, values_HTE: Tensor, rule: Rule, positions_L: Te
 
     It needs no scores in memory. For few queries it is no faster.
     """
-    if _FLASH is None or query_ALD.device.type != "cpu" or query_ALD.shape[1] <= _FEW_QUERIES:
+    if query_ALD.shape[1] <= _FEW_QUERIES or not _has_flash(query_ALD, values_HTE, rule):
         return False
-    sees_all = rule.window is None or int(positions_L.max()) - first < rule.window
-    return sees_all and rule.cap is None and query_ALD.shape[-1] == values_HTE.shape[-1]
+    return rule.window is None or int(positions_L.max()) - first < rule.window
+
+
+def _has_flash(query: Tensor, values: Tensor, rule: Rule) -> bool:
+    """Whether torch has the kernel that tells weights, too, for such queries and values."""
+    return _FLASH is not None and query.device.type == "cpu" and rule.cap is None and query.shape[-1] == values.shape[-1]
 
 
 def flash(query_ALD: Tensor, keys_HTD: Tensor, values_HTE: Tensor, rule: Rule) -> Part:
