@@ -22,7 +22,7 @@ from ollm_service.core.plan import PassId, RuntimePlan
 from ollm_service.core.profile import ModelProfile
 from ollm_service.core.requirements import demanded_passes
 from ollm_service.core.retry import Failure
-from ollm_service.core.row_size import most_prompt_tokens, most_tokens, prompt_bytes
+from ollm_service.core.row_size import most_prompt_tokens, prompt_bytes
 from ollm_service.core.wire import (
     AttemptFailed,
     BatchDone,
@@ -526,12 +526,8 @@ def both(before: Mapping[str, Any], now: Mapping[str, float]) -> dict[str, float
 
 def _bound(row: WorkRow, profile: ModelProfile) -> LongRow:
     """How long a row may be, as far as one can tell without its tokens."""
-    request, of_image = request_of(row), profile.most_image_tokens
-    return LongRow(
-        row=row.row,
-        prompt_tokens=most_prompt_tokens(request, of_image),
-        tokens=most_tokens(request, row.generation.max_new_tokens, of_image),
-    )
+    prompt_tokens = most_prompt_tokens(request_of(row), profile.most_image_tokens)
+    return LongRow(row=row.row, prompt_tokens=prompt_tokens, tokens=prompt_tokens + row.generation.max_new_tokens)
 
 
 def request_of(row: WorkRow) -> dict[str, Any]:
